@@ -1,0 +1,40 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""ClusterFormer for Hugging Face Transformers. Importing this package registers its Auto classes."""
+
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .configuration_clusterformer import ClusterFormerConfig
+from .modeling_clusterformer import (
+    ClusterFormerBackbone,
+    ClusterFormerForImageClassification,
+    ClusterFormerModel,
+    ClusterFormerPreTrainedModel,
+)
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("clusterformer", ClusterFormerConfig, exist_ok=True)
+AutoModel.register(ClusterFormerConfig, ClusterFormerModel, exist_ok=True)
+AutoBackbone.register(ClusterFormerConfig, ClusterFormerBackbone, exist_ok=True)
+AutoModelForImageClassification.register(ClusterFormerConfig, ClusterFormerForImageClassification, exist_ok=True)
+
+__all__ = [
+    "ClusterFormerBackbone",
+    "ClusterFormerConfig",
+    "ClusterFormerForImageClassification",
+    "ClusterFormerModel",
+    "ClusterFormerPreTrainedModel",
+]

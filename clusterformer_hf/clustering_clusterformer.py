@@ -1,0 +1,385 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The mathematics of ClusterFormer: recurrent cross-attention clustering and feature dispatching.
+
+[`ClusterFormerRecurrentClustering`] is the paper's Eq. 3, 5 and 6 with clusters that live in feature and position.
+[`ClusterFormerReleasedClustering`] is the authors' released code, for converted checkpoints.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_clusterformer import ClusterFormerConfig, as_pair
+
+
+# Bounds of a cluster's extent (one standard deviation), as a share of the image's side.
+MIN_EXTENT, MAX_EXTENT = 0.02, 0.5
+# Least mass that an M-step divides by, in pixels: a centre without pixels becomes zero and its gradient stays finite.
+MIN_MASS = 1e-6
+
+
+def expectation(keys, queries, place, positions, spatial_weight, center_mask=None) -> torch.Tensor:
+    """
+    E-step: every pixel distributes itself over the centres by feature and position.
+
+    Args:
+        keys (`torch.Tensor` of shape `(batch, heads, height * width, d)`): Pixel features.
+        queries (`torch.Tensor` of shape `(batch, heads, K, d)`): Centre features, scaled by the temperature.
+        place (`tuple[torch.Tensor, torch.Tensor]`):
+            Mean and variance of each centre's position, `(batch, heads, K, 2)`, rows first.
+        positions (`tuple[torch.Tensor, torch.Tensor]`):
+            Positions of the rows (1 or batch, height) and of the columns (1 or batch, width).
+        spatial_weight (`torch.Tensor` of shape `(heads, 1, 1)` or `None`):
+            How much position counts beside features; `None` leaves it out.
+        center_mask (`torch.Tensor` of shape `(batch, 1, 1, K)`, *optional*): 0 at centres, -inf at surplus ones.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, heads, height * width, K)` that sums to 1 over K.
+    """
+    if spatial_weight is None:
+        logits = keys @ queries.mT
+        logits = logits if center_mask is None else logits + center_mask
+    else:
+        # The Gaussian is separable: a table of rows and one of columns, exact where its expansion in moments cancels.
+        rows, columns = (
+            -0.5 * spatial_weight * (position[:, None, :, None] - mean[:, :, None]).square() / variance[:, :, None]
+            for position, mean, variance in zip(positions, place[0].unbind(-1), place[1].unbind(-1))
+        )
+        rows = rows if center_mask is None else rows + center_mask
+        gaussian = (rows[:, :, :, None] + columns[:, :, None]).expand(*keys.shape[:2], -1, -1, -1)
+        logits = torch.baddbmm(
+            gaussian.flatten(2, 3).flatten(0, 1), keys.flatten(0, 1), queries.flatten(0, 1).mT
+        ).unflatten(0, keys.shape[:2])
+    return logits.softmax(dim=-1)
+
+
+def maximization(assignments, values, positions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    M-step: features, places and extents become the means of their pixels under `assignments`.
+
+    Args:
+        assignments (`torch.Tensor` of shape `(batch, heads, height * width, K)`): From [`expectation`], 0 at padding.
+        values (`torch.Tensor` of shape `(batch, heads, height * width, d)`).
+        positions: See [`expectation`].
+
+    Returns:
+        Centres (batch, heads, K, d), means and variances of their positions (batch, heads, K, 2).
+    """
+    rows, columns = positions
+    grid = assignments.unflatten(2, (rows.shape[-1], columns.shape[-1]))
+    marginals = grid.sum(dim=3), grid.sum(dim=2)  # (batch, heads, height, K) and (batch, heads, width, K)
+    mass = marginals[0].sum(dim=2).clamp_min(MIN_MASS)
+    centers = assignments.mT @ values / mass[..., None]
+    means, variances = [], []
+    for marginal, position in zip(marginals, positions):
+        position = position[:, None, :, None]
+        mean = (marginal * position).sum(dim=2) / mass
+        deviation = (position - mean[:, :, None]).square()
+        means.append(mean)
+        variances.append(((marginal * deviation).sum(dim=2) / mass).clamp(MIN_EXTENT**2, MAX_EXTENT**2))
+    return centers, torch.stack(means, dim=-1), torch.stack(variances, dim=-1)
+
+
+def split_heads(features: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(batch, N, heads * d) -> (batch, heads, N, d), a view."""
+    return features.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class StageGeometry:
+    """
+    Where the pixels and the first centres of one stage lie, in [0, 1] along each side of an image's real area. Computed
+    once a stage and shared by its blocks.
+
+    Args:
+        map_size (`tuple[int, int]`): Height and width of the feature map.
+        center_grid (`tuple[int, int]`): Rows and columns of first centres, capped by the sampled map.
+        sr_ratio (`int`): Side of the cells that the map is averaged over before clustering.
+        sizes (`torch.Tensor` of shape `(batch, 2)`, *optional*):
+            Height and width of each image's real area on this map, where the batch is padded.
+        like (`torch.Tensor`): Gives the device and the dtype.
+    """
+
+    def __init__(self, map_size, center_grid, sr_ratio, sizes, like):
+        self.map_size, self.ratio = tuple(map_size), sr_ratio
+        self.sample_size = tuple(-(-side // sr_ratio) for side in map_size)
+        self.mask = pixel_mask_from_sizes(sizes, self.map_size)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.sizes = torch.tensor([self.map_size], device=like.device) if sizes is None else sizes
+        sample_sizes = -(-self.sizes // sr_ratio)
+        self.sample_mask = None if sizes is None else pixel_mask_from_sizes(sample_sizes, self.sample_size)
+
+        grid = tuple(min(entry, side) for entry, side in zip(center_grid, self.sample_size))
+        grid_sizes = sample_sizes.clamp(max=torch.tensor(grid, device=like.device))
+        pooling, centers, variances, valid = [], [], [], []
+        for axis in range(2):
+            bins = torch.arange(grid[axis], device=like.device)[None]
+            count, side = grid_sizes[:, axis, None], sample_sizes[:, axis, None]
+            pooling.append(averaging_matrix(bins, count, side, self.sample_size[axis], dtype))
+            centers.append((bins + 0.5).to(dtype) / count)
+            variances.append((0.5 / count.to(dtype)).square().clamp(MIN_EXTENT**2, MAX_EXTENT**2).expand(-1, grid[axis]))
+            valid.append(bins < count)
+        self.pooling = pooling
+        self.mean = grid_of_pairs(*centers)[:, None]  # (1 or batch, 1, K, 2)
+        self.variance = grid_of_pairs(*variances)[:, None]
+        self.num_centers = grid_sizes.prod(dim=-1).to(dtype)[:, None, None, None]
+        self.center_mask = None
+        if sizes is not None:
+            valid = grid_of_pairs(*valid).all(dim=-1)[:, None, None]  # (batch, 1, 1, K)
+            self.center_mask = torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, float("-inf"))
+        self.dtype = dtype
+
+    def sample(self, features: torch.Tensor) -> torch.Tensor:
+        """Averages (batch, height, width, channels) over the real pixels of each `sr_ratio`-sided cell."""
+        if self.ratio == 1:
+            return features
+        pool = {"kernel_size": self.ratio, "ceil_mode": True, "count_include_pad": False}
+        features = features if self.mask is None else features * self.mask.to(features.dtype)
+        sampled = F.avg_pool2d(features.permute(0, 3, 1, 2), **pool).permute(0, 2, 3, 1)
+        if self.mask is not None:
+            share = F.avg_pool2d(self.mask.to(features.dtype).permute(0, 3, 1, 2), **pool).permute(0, 2, 3, 1)
+            sampled = sampled / share.clamp_min(torch.finfo(share.dtype).tiny)
+        return sampled
+
+    def pool(self, sample: torch.Tensor) -> torch.Tensor:
+        """Adaptive average pooling of the sampled map to the centre grid: (batch, K, channels)."""
+        rows, columns = (matrix.to(sample.dtype) for matrix in self.pooling)
+        batch_size, height, width, channels = sample.shape
+        sample = rows @ sample.reshape(batch_size, height, width * channels)
+        sample = columns[:, None] @ sample.reshape(batch_size, -1, width, channels)
+        return sample.flatten(1, 2)
+
+    def positions(self, sampled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of the rows (1 or batch, height) and columns (1 or batch, width) of the sampled or the whole map."""
+        side, step = (self.sample_size, self.ratio) if sampled else (self.map_size, 1)
+        sizes = self.sizes.to(self.dtype)
+        positions = []
+        for axis in range(2):
+            start = torch.arange(side[axis], device=sizes.device, dtype=self.dtype)[None] * step
+            size = sizes[:, axis, None]
+            # A cell at the border of an image is smaller: its place is the mean of its own pixels.
+            positions.append((start + torch.minimum(start + step, size)) / (2 * size))
+        return tuple(positions)
+
+
+def averaging_matrix(bins, count, side, length, dtype) -> torch.Tensor:
+    """Rows of adaptive average pooling: (1 or batch, bins, length), `count` bins over the first `side` pixels."""
+    start, end = bins * side // count, -(-(bins + 1) * side // count)
+    pixels = torch.arange(length, device=bins.device)
+    inside = (pixels >= start[..., None]) & (pixels < end[..., None]) & (bins < count)[..., None]
+    return inside.to(dtype) / (end - start)[..., None]
+
+
+def grid_of_pairs(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """All (row, column) pairs of (batch, R) and (batch, C), row by row: (batch, R * C, 2)."""
+    shape = (max(rows.shape[0], columns.shape[0]), rows.shape[1], columns.shape[1])
+    return torch.stack([rows[:, :, None].expand(shape), columns[:, None].expand(shape)], dim=-1).flatten(1, 2)
+
+
+def pixel_mask_from_sizes(sizes: torch.Tensor | None, map_size: tuple[int, int]) -> torch.Tensor | None:
+    """Boolean (batch, height, width, 1), true on each image's own area in the top left; `None` for `None`."""
+    if sizes is None:
+        return None
+    rows, columns = (torch.arange(side, device=sizes.device)[None] < sizes[:, axis, None] for axis, side in enumerate(map_size))
+    return (rows[:, :, None] & columns[:, None])[..., None]
+
+
+class ClusterFormerRecurrentClustering(nn.Module):
+    """
+    Recurrent cross-attention clustering and feature dispatching (Eq. 3, 5 and 6), for each head on its own channels.
+
+    A cluster has a feature, a place and an extent: the E-step adds the log of a Gaussian in position to the scaled
+    cosine of query and key, the M-step re-estimates all three. Each M-step divides by the centre's mass. With dot-product
+    logits and no position the loop is known to collapse to identical centres.
+    """
+
+    def __init__(self, config: ClusterFormerConfig, stage_idx: int):
+        super().__init__()
+        dim, self.num_heads = config.hidden_sizes[stage_idx], config.num_attention_heads[stage_idx]
+        head_dim = dim // self.num_heads
+        self.num_iterations = config.num_iterations
+        self.center_fc1 = nn.Linear(head_dim, head_dim)  # Eq. 5, shared by the heads
+        self.center_fc2 = nn.Linear(head_dim, head_dim)
+        self.activation = nn.GELU()
+        self.query = nn.Linear(head_dim, head_dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.projection = nn.Linear(dim, dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.empty(self.num_heads, 1, 1))  # log of the temperature
+        self.spatial_weight = nn.Parameter(torch.empty(self.num_heads, 1, 1)) if config.spatial_clustering else None
+
+    def forward(self, features: torch.Tensor, geometry: StageGeometry) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(batch, height, width, dim)`): Normed feature map.
+            geometry (`StageGeometry`): Positions, pooling and masks of the stage.
+
+        Returns:
+            The update of the map, in its shape, and the final clusters: centres (batch, heads, K, d), means and
+            variances (batch, heads, K, 2) of their positions in [0, 1].
+        """
+        clusters = self.cluster(features, geometry)
+        return self.dispatch(features, clusters[0], geometry), clusters
+
+    def cluster(self, features, geometry) -> tuple[torch.Tensor, ...]:
+        """Centres from the pooled map (Eq. 5), then T E- and M-steps on its sample (Eq. 3)."""
+        sample = geometry.sample(features)
+        keys, values = self.key_value(sample.flatten(1, 2)).chunk(2, dim=-1)
+        centers = split_heads(geometry.pool(sample), self.num_heads)
+        centers = centers + self.center_fc2(self.activation(self.center_fc1(centers)))
+
+        with maybe_autocast(features.device.type, enabled=False):
+            keys, values = self.unit_keys(keys, geometry.dtype), split_heads(values, self.num_heads).to(geometry.dtype)
+            centers, mean, variance = centers.to(geometry.dtype), geometry.mean, geometry.variance
+            positions = geometry.positions(sampled=True)
+            for _ in range(self.num_iterations):
+                assignments = self.assign_keys(keys, (centers, mean, variance), positions, geometry, sampled=True)
+                centers, mean, variance = maximization(assignments, values, positions)
+        return centers, mean, variance
+
+    def unit_keys(self, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return F.normalize(split_heads(keys, self.num_heads).to(dtype), dim=-1)
+
+    def assign_keys(self, keys, clusters, positions, geometry, sampled: bool) -> torch.Tensor:
+        """E-step with unit keys; zero at padded pixels. Runs in the keys' dtype, which may exceed the weights'."""
+        centers, mean, variance = clusters
+        queries = F.linear(centers, self.query.weight.to(centers.dtype), self.query.bias.to(centers.dtype))
+        queries = F.normalize(queries, dim=-1) * self.logit_scale.to(centers.dtype).exp()
+        weight = None if self.spatial_weight is None else F.softplus(self.spatial_weight.to(centers.dtype))
+        assignments = expectation(keys, queries, (mean, variance), positions, weight, geometry.center_mask)
+        mask = geometry.sample_mask if sampled else geometry.mask
+        return assignments if mask is None else assignments * mask.flatten(1, 2)[:, None].to(assignments.dtype)
+
+    def assign(self, features, clusters, geometry: StageGeometry, sampled: bool) -> torch.Tensor:
+        """One E-step of the (sampled) map with the given clusters: (batch, heads, N, K), zero at padded pixels."""
+        features = geometry.sample(features) if sampled else features
+        weight, bias = self.key_value.weight.chunk(2)[0], self.key_value.bias.chunk(2)[0]
+        keys = F.linear(features.flatten(1, 2), weight, bias)
+        with maybe_autocast(features.device.type, enabled=False):
+            keys = self.unit_keys(keys, geometry.dtype)
+            return self.assign_keys(keys, clusters, geometry.positions(sampled), geometry, sampled)
+
+    def dispatch(self, features: torch.Tensor, centers: torch.Tensor, geometry: StageGeometry) -> torch.Tensor:
+        """
+        Eq. 6 and the output projection. The sum over the centres is bilinear in pixel and centres, so it is one
+        (d, d) matrix a head, and with the projection one (dim, dim) matrix an image: no (N, K) similarities.
+        """
+        centers = F.normalize(centers, dim=-1)
+        if geometry.center_mask is not None:
+            centers = centers * (geometry.center_mask.mT == 0).to(centers.dtype)
+        mixing = (centers.mT @ centers / geometry.num_centers).to(features.dtype)
+        projection = self.projection.weight.mT.unflatten(0, (self.num_heads, -1))
+        mixing = (mixing @ projection).flatten(1, 2)  # (batch, heads, d, d) x (heads, d, dim) -> (batch, dim, dim)
+        pixels = F.normalize(features.unflatten(-1, (self.num_heads, -1)), dim=-1).flatten(3)
+        return (pixels.flatten(1, 2) @ mixing).unflatten(1, features.shape[1:3])
+
+
+class ClusterFormerReleasedClustering(nn.Module):
+    """
+    The token mixer of the authors' released code, in its October 2023 (`release`) and November 2023 (`release_flash`)
+    forms. Both regroup memory rather than space: reshapes without the transpose that their names suggest, which trained
+    weights depend on. Computed without any tensor of shape (groups, K, N, d).
+    """
+
+    def __init__(self, config: ClusterFormerConfig, stage_idx: int):
+        super().__init__()
+        dim, self.num_heads = config.hidden_sizes[stage_idx], config.num_attention_heads[stage_idx]
+        head_dim = config.head_dim or dim // self.num_heads
+        self.flash = config.clustering == "release_flash"
+        self.num_iterations = config.num_iterations
+        self.center_grid = as_pair(config.center_grid[stage_idx])
+        self.windows = as_pair(config.window_grid[stage_idx])
+        self.point = nn.Conv2d(dim, self.num_heads * head_dim, kernel_size=1)
+        self.key = nn.Conv2d(dim, self.num_heads * head_dim, kernel_size=1)
+        self.value = nn.Conv2d(dim, self.num_heads * head_dim, kernel_size=1)
+        self.query = nn.Conv2d(head_dim, head_dim, kernel_size=1)  # without effect in `release_flash`
+        self.projection = nn.Conv2d(self.num_heads * head_dim, dim, kernel_size=1)
+        self.sim_alpha = nn.Parameter(torch.ones(1))
+        self.sim_beta = nn.Parameter(torch.zeros(1))
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            features (`torch.Tensor` of shape `(batch, dim, height, width)`): Normed feature map.
+
+        Returns:
+            The update of the map, in its shape, and the index of each pixel's centre, (batch, heads, height, width).
+        """
+        batch_size, _, height, width = features.shape
+        points, keys, values = (self.group(layer(features)) for layer in (self.point, self.key, self.value))
+        num_groups, head_dim = points.shape[:2]
+        centers = F.adaptive_avg_pool2d(points, self.center_grid)
+        center_features = F.adaptive_avg_pool2d(values, self.center_grid).reshape(num_groups, -1, head_dim)
+        keys, values = keys.reshape(num_groups, -1, head_dim), values.reshape(num_groups, -1, head_dim)
+        centers = (self.attend if self.flash else self.recur)(centers, keys, values)
+
+        similarity, nearest = self.nearest_center(centers.flatten(2), points.flatten(2))
+        update = aggregate_and_dispatch(similarity, nearest, values, center_features)
+        update = update.reshape(batch_size, -1, height, width)
+        return self.projection(update), nearest.reshape(batch_size, self.num_heads, height, width)
+
+    def group(self, features: torch.Tensor) -> torch.Tensor:
+        """(batch, heads * d, height, width) -> (groups, d, height / rows, width / columns), in memory order."""
+        batch_size, channels, height, width = features.shape
+        rows, columns = self.windows if min(self.windows) > 1 else (1, 1)
+        num_groups = batch_size * self.num_heads * rows * columns
+        return features.reshape(num_groups, channels // self.num_heads, height // rows, width // columns)
+
+    def recur(self, centers, keys, values) -> torch.Tensor:
+        """T times softmax over the centres of query-key products, unscaled; the M-step does not divide by the mass."""
+        num_groups, head_dim, rows, columns = centers.shape
+        for _ in range(self.num_iterations):
+            queries = self.query(centers).reshape(num_groups, rows * columns, head_dim)
+            assignments = (keys @ queries.mT).softmax(dim=-1)
+            centers = (assignments.mT @ values).reshape(num_groups, head_dim, rows, columns)
+        return centers
+
+    def attend(self, centers, keys, values) -> torch.Tensor:
+        """T times ordinary attention of the centres over the pixels, heads taken from the groups in memory order."""
+        num_groups, head_dim, rows, columns = centers.shape
+        shape = (num_groups // self.num_heads, -1, self.num_heads, head_dim)
+        queries, keys, values = (tensor.reshape(shape).transpose(1, 2) for tensor in (centers, keys, values))
+        for _ in range(self.num_iterations):
+            queries = F.scaled_dot_product_attention(queries, keys, values)
+        return queries.transpose(1, 2).reshape(num_groups, head_dim, rows, columns)
+
+    def nearest_center(self, centers, points) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sigmoid of the scaled cosine to the most similar centre and its index: (groups, N) each."""
+        cosine = F.normalize(points, dim=1).mT @ F.normalize(centers, dim=1)
+        similarity, nearest = (self.sim_beta + self.sim_alpha * cosine).max(dim=-1)
+        return similarity.sigmoid(), nearest
+
+
+def aggregate_and_dispatch(similarity, nearest, values, center_features) -> torch.Tensor:
+    """
+    Every centre becomes the mean of its own feature and its pixels' values, these weighted by similarity; every pixel
+    receives its centre times its similarity.
+
+    Args:
+        similarity, nearest (`torch.Tensor` of shape `(groups, N)`): From `nearest_center`.
+        values (`torch.Tensor` of shape `(groups, N, d)`).
+        center_features (`torch.Tensor` of shape `(groups, K, d)`).
+
+    Returns:
+        `torch.Tensor` of shape `(groups, N, d)`.
+    """
+    num_groups, num_centers, head_dim = center_features.shape
+    offset = torch.arange(num_groups, device=nearest.device)[:, None] * num_centers
+    index = (nearest + offset).flatten()
+    weighted = (values * similarity[..., None]).flatten(0, 1)
+    total = center_features.flatten(0, 1).index_add(0, index, weighted)
+    count = similarity.new_ones(num_groups * num_centers).index_add(0, index, torch.ones_like(similarity).flatten())
+    mean = total.index_select(0, index) / count.index_select(0, index)[:, None]
+    return mean.unflatten(0, (num_groups, -1)) * similarity[..., None]

@@ -1,0 +1,707 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PyTorch ClusterFormer model: "Clustering As A Universal Visual Learner" (arXiv 2309.13196)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .clustering_clusterformer import (
+    MIN_MASS,
+    ClusterFormerRecurrentClustering,
+    ClusterFormerReleasedClustering,
+    StageGeometry,
+    pixel_mask_from_sizes,
+    split_heads,
+)
+from .configuration_clusterformer import ClusterFormerConfig, as_pair
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ClusterFormerEncoderOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, channels, height, width)`): Last stage's map.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*): The stem's map, then each stage's.
+        cluster_centers (`tuple[torch.FloatTensor]`, *optional*): See [`ClusterFormerModelOutput`].
+        cluster_assignments (`tuple[torch.FloatTensor]`, *optional*): See [`ClusterFormerModelOutput`].
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    cluster_centers: tuple[torch.FloatTensor, ...] | None = None
+    cluster_assignments: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ClusterFormerModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, channels, height / 32, width / 32)`):
+            The last stage's feature map.
+        pooler_output (`torch.FloatTensor` of shape `(batch_size, channels)`):
+            The last stage's normed centres, averaged with their masses as weights.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned when `output_hidden_states=True`):
+            Five maps of shape `(batch_size, channels, height, width)`: the stem's, then each stage's.
+        cluster_centers (`tuple[torch.FloatTensor]`):
+            For each stage the centres, `(batch_size, K, channels)`: the stage's output averaged under the final
+            assignments, each head its own channels. Centre number k covers a cell of the centre grid at first, row by
+            row. Zero where a centre has no pixels. An attribute only, and no entry of the output as a dict or tuple,
+            unless `output_cluster_assignments=True`: batched pipelines index every entry by image.
+        cluster_assignments (`tuple[torch.FloatTensor]`, *optional*, returned when `output_cluster_assignments=True`):
+            For each stage `(batch_size, heads, K, height, width)`: the share of every pixel in every cluster. Sums to
+            1 over K at real pixels and is 0 at padded ones.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    cluster_centers: tuple[torch.FloatTensor, ...] | None = None
+    cluster_assignments: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ClusterFormerImageClassifierOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given): Classification loss.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`): Scores before softmax.
+        hidden_states, cluster_centers, cluster_assignments (*optional*): See [`ClusterFormerModelOutput`]; the latter
+            two are returned when `output_cluster_assignments=True`.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    cluster_centers: tuple[torch.FloatTensor, ...] | None = None
+    cluster_assignments: tuple[torch.FloatTensor, ...] | None = None
+
+
+class ClusterFormerDropPath(nn.Module):
+    """Stochastic depth per sample (https://arxiv.org/abs/1603.09382); identity outside training."""
+
+    def __init__(self, drop_prob: float = 0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return hidden_states
+        keep_prob = 1 - self.drop_prob
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        keep = torch.rand(shape, dtype=torch.float32, device=hidden_states.device) < keep_prob
+        return hidden_states * keep.to(hidden_states.dtype) / keep_prob
+
+    def extra_repr(self) -> str:
+        return f"p={self.drop_prob}"
+
+
+class ClusterFormerLayerNorm(nn.LayerNorm):
+    """Layer norm over the channels of (batch, channels, height, width) maps, each pixel for itself."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ClusterFormerGroupNorm(nn.GroupNorm):
+    """The released code's norm: one group, so over all channels and pixels of an image."""
+
+    def __init__(self, num_channels: int, eps: float):
+        super().__init__(1, num_channels, eps=eps)
+
+
+def stage_norm(config: ClusterFormerConfig, num_channels: int) -> nn.Module:
+    norm = ClusterFormerLayerNorm if config.clustering == "recurrent" else ClusterFormerGroupNorm
+    return norm(num_channels, eps=config.layer_norm_eps)
+
+
+class ClusterFormerEmbeddings(nn.Module):
+    """Stem: a convolution with stride `patch_size` over the image and two coordinate channels."""
+
+    def __init__(self, config: ClusterFormerConfig):
+        super().__init__()
+        self.num_channels, self.patch_size = config.num_channels, config.patch_size
+        self.pad = config.clustering == "recurrent"
+        self.projection = nn.Conv2d(
+            config.num_channels + 2, config.hidden_sizes[0], kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: torch.Tensor, sizes: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, num_channels, height, width)`).
+            sizes (`torch.Tensor` of shape `(batch, 2)`, *optional*): Real height and width of padded images.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden_sizes[0], ceil(height / patch_size), ceil(width / patch_size))`.
+        """
+        self.check(pixel_values)
+        pixels = self.add_coordinates(pixel_values, sizes)
+        if sizes is not None:
+            mask = pixel_mask_from_sizes(sizes, pixels.shape[-2:])[..., 0]
+            # `where` and not a product: padding may hold anything, NaN too.
+            pixels = torch.where(mask[:, None], pixels, pixels.new_zeros(()))
+        if self.pad:
+            height, width = pixels.shape[-2:]
+            pixels = F.pad(pixels, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        return self.projection(pixels.to(self.projection.weight.dtype))
+
+    def check(self, pixel_values: torch.Tensor):
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"`pixel_values` must have the shape (batch_size, num_channels, height, width) with num_channels="
+                f"{self.num_channels} as in the config, got {tuple(pixel_values.shape)}."
+            )
+        if min(pixel_values.shape[-2:]) < self.patch_size:
+            raise ValueError(
+                f"`pixel_values` of height and width {tuple(pixel_values.shape[-2:])} are smaller than one patch of "
+                f"{self.patch_size} x {self.patch_size} pixels."
+            )
+
+    @staticmethod
+    def add_coordinates(pixel_values: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
+        """Appends the row and the column of each pixel, from -0.5 to 0.5 over the image's real area."""
+        batch_size, _, height, width = pixel_values.shape
+        coordinates = []
+        for axis, side in enumerate((height, width)):
+            position = torch.arange(side, dtype=torch.float32, device=pixel_values.device)[None]
+            last = side - 1 if sizes is None else sizes[:, axis, None] - 1
+            last = max(last, 1) if sizes is None else last.clamp_min(1)
+            coordinates.append(position / last - 0.5)
+        rows = coordinates[0][:, None, :, None].expand(batch_size, 1, height, width)
+        columns = coordinates[1][:, None, None].expand(batch_size, 1, height, width)
+        return torch.cat([pixel_values, rows.to(pixel_values.dtype), columns.to(pixel_values.dtype)], dim=1)
+
+
+class ClusterFormerMLP(nn.Module):
+    """Two-layer feed-forward network on (batch, height, width, channels)."""
+
+    def __init__(self, config: ClusterFormerConfig, stage_idx: int):
+        super().__init__()
+        dim = config.hidden_sizes[stage_idx]
+        hidden_dim = int(dim * config.mlp_ratios[stage_idx])
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.activation(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(hidden_states))
+
+
+class ClusterFormerLayer(GradientCheckpointingLayer):
+    """
+    A block: recurrent clustering with feature dispatching, then a feed-forward network, each a pre-normed residual
+    branch with a scale.
+    """
+
+    def __init__(self, config: ClusterFormerConfig, stage_idx: int, drop_path: float = 0.0):
+        super().__init__()
+        dim = config.hidden_sizes[stage_idx]
+        self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.clustering = ClusterFormerRecurrentClustering(config, stage_idx)
+        self.layer_scale1 = nn.Parameter(torch.empty(dim))
+        self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.mlp = ClusterFormerMLP(config, stage_idx)
+        self.layer_scale2 = nn.Parameter(torch.empty(dim))
+        self.drop_path = ClusterFormerDropPath(drop_path)
+
+    def forward(self, hidden_states: torch.Tensor, geometry: StageGeometry) -> tuple[torch.Tensor, tuple]:
+        """Maps (batch, channels, height, width), channels last in memory; returns the map and the final clusters."""
+        hidden_states = hidden_states.permute(0, 2, 3, 1)
+        update, clusters = self.clustering(self.norm1(hidden_states), geometry)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1 * update)
+        update = self.mlp(self.norm2(hidden_states))
+        hidden_states = hidden_states + self.drop_path(self.layer_scale2 * update)
+        return hidden_states.permute(0, 3, 1, 2), clusters
+
+    def assign(self, hidden_states, clusters, geometry: StageGeometry, sampled: bool) -> torch.Tensor:
+        """Assignments (batch, heads, N, K) of the block's input map to its final clusters."""
+        return self.clustering.assign(self.norm1(hidden_states.permute(0, 2, 3, 1)), clusters, geometry, sampled)
+
+
+class ClusterFormerReleasedMLP(nn.Module):
+    """Two-layer feed-forward network of 1x1 convolutions on (batch, channels, height, width)."""
+
+    def __init__(self, config: ClusterFormerConfig, stage_idx: int):
+        super().__init__()
+        dim = config.hidden_sizes[stage_idx]
+        hidden_dim = int(dim * config.mlp_ratios[stage_idx])
+        self.fc1 = nn.Conv2d(dim, hidden_dim, kernel_size=1)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Conv2d(hidden_dim, dim, kernel_size=1)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.activation(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(hidden_states))
+
+
+class ClusterFormerReleasedLayer(GradientCheckpointingLayer):
+    """A block of the released code; channels first in memory, which its regrouping depends on."""
+
+    def __init__(self, config: ClusterFormerConfig, stage_idx: int, drop_path: float = 0.0):
+        super().__init__()
+        dim = config.hidden_sizes[stage_idx]
+        self.norm1 = ClusterFormerGroupNorm(dim, eps=config.layer_norm_eps)
+        self.clustering = ClusterFormerReleasedClustering(config, stage_idx)
+        self.layer_scale1 = nn.Parameter(torch.empty(dim))
+        self.norm2 = ClusterFormerGroupNorm(dim, eps=config.layer_norm_eps)
+        self.mlp = ClusterFormerReleasedMLP(config, stage_idx)
+        self.layer_scale2 = nn.Parameter(torch.empty(dim))
+        self.drop_path = ClusterFormerDropPath(drop_path)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps (batch, channels, height, width); returns the map and the index of each pixel's centre."""
+        update, nearest = self.clustering(self.norm1(hidden_states))
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1[:, None, None] * update)
+        update = self.mlp(self.norm2(hidden_states))
+        hidden_states = hidden_states + self.drop_path(self.layer_scale2[:, None, None] * update)
+        return hidden_states, nearest
+
+
+class ClusterFormerStage(nn.Module):
+    """Downsampling (from the second stage on) and the blocks of one resolution."""
+
+    layer_class = ClusterFormerLayer
+
+    def __init__(self, config: ClusterFormerConfig, stage_idx: int):
+        super().__init__()
+        sizes = config.hidden_sizes
+        self.downsample = (
+            nn.Conv2d(sizes[stage_idx - 1], sizes[stage_idx], kernel_size=3, stride=2, padding=1)
+            if stage_idx > 0
+            else nn.Identity()
+        )
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
+        start = sum(config.depths[:stage_idx])
+        self.layers = nn.ModuleList(
+            self.layer_class(config, stage_idx, drop_path=rates[start + i]) for i in range(config.depths[stage_idx])
+        )
+        self.num_heads = config.num_attention_heads[stage_idx]
+        self.center_grid = as_pair(config.center_grid[stage_idx])
+        self.sr_ratio = config.sr_ratios[stage_idx]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        sizes: torch.Tensor | None = None,
+        output_cluster_centers: bool = False,
+        output_cluster_assignments: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, channels, height, width)`): The previous stage's map.
+            sizes (`torch.Tensor` of shape `(batch, 2)`, *optional*): Real height and width on this stage's map.
+
+        Returns:
+            The stage's map, its centres (batch, K, channels) and its assignments (batch, heads, K, height, width).
+        """
+        hidden_states = self.downsample(hidden_states).contiguous(memory_format=torch.channels_last)
+        geometry = StageGeometry(hidden_states.shape[-2:], self.center_grid, self.sr_ratio, sizes, hidden_states)
+        for layer in self.layers:
+            inputs = hidden_states
+            hidden_states, clusters = layer(hidden_states, geometry)
+        if geometry.mask is not None:
+            hidden_states = hidden_states * geometry.mask.permute(0, 3, 1, 2).to(hidden_states.dtype)
+
+        centers, assignments = None, None
+        if output_cluster_assignments:
+            assignments = layer.assign(inputs, clusters, geometry, sampled=False)
+        if output_cluster_centers:
+            whole = output_cluster_assignments and self.sr_ratio == 1
+            sampled = assignments if whole else layer.assign(inputs, clusters, geometry, sampled=True)
+            sample = geometry.sample(hidden_states.permute(0, 2, 3, 1)).flatten(1, 2)
+            centers = mean_under_assignments(sample, sampled)
+        if output_cluster_assignments:
+            assignments = assignments.mT.unflatten(-1, hidden_states.shape[-2:])
+        return hidden_states, centers, assignments
+
+
+class ClusterFormerReleasedStage(ClusterFormerStage):
+    """A stage of the released code, which cuts the map into windows of equal size and knows no padding."""
+
+    layer_class = ClusterFormerReleasedLayer
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        sizes: torch.Tensor | None = None,
+        output_cluster_centers: bool = False,
+        output_cluster_assignments: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        hidden_states = self.downsample(hidden_states).contiguous()
+        for layer in self.layers:
+            hidden_states, nearest = layer(hidden_states)
+
+        centers, assignments = None, None
+        if output_cluster_centers or output_cluster_assignments:
+            num_centers = self.center_grid[0] * self.center_grid[1]
+            one_hot = F.one_hot(nearest.flatten(2), num_centers).to(hidden_states.dtype)
+        if output_cluster_centers:
+            centers = mean_under_assignments(hidden_states.flatten(2).mT, one_hot)
+        if output_cluster_assignments:
+            assignments = one_hot.mT.unflatten(-1, hidden_states.shape[-2:])
+        return hidden_states, centers, assignments
+
+
+def mean_under_assignments(features: torch.Tensor, assignments: torch.Tensor) -> torch.Tensor:
+    """Means of (batch, N, channels) under (batch, heads, N, K), each head its own channels: (batch, K, channels)."""
+    pixels = split_heads(features, assignments.shape[1]).to(assignments.dtype)
+    mass = assignments.sum(dim=2)[..., None].clamp_min(MIN_MASS)
+    centers = assignments.mT @ pixels / mass
+    return centers.transpose(1, 2).flatten(2).to(features.dtype)
+
+
+class ClusterFormerPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving for all ClusterFormer models."""
+
+    config: ClusterFormerConfig
+    config_class = ClusterFormerConfig
+    base_model_prefix = "clusterformer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["ClusterFormerLayer", "ClusterFormerReleasedLayer", "ClusterFormerEmbeddings"]
+    _can_record_outputs = {"hidden_states": ClusterFormerStage}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, (ClusterFormerLayer, ClusterFormerReleasedLayer)):
+            init.constant_(module.layer_scale1, self.config.layer_scale_init_value)
+            init.constant_(module.layer_scale2, self.config.layer_scale_init_value)
+        elif isinstance(module, ClusterFormerRecurrentClustering):
+            init.constant_(module.logit_scale, math.log(10.0))
+            if module.spatial_weight is not None:
+                init.constant_(module.spatial_weight, math.log(math.e - 1))  # softplus gives 1
+        elif isinstance(module, ClusterFormerReleasedClustering):
+            init.ones_(module.sim_alpha)
+            init.zeros_(module.sim_beta)
+
+
+class ClusterFormerEncoder(ClusterFormerPreTrainedModel):
+    """The stages. `_can_record_outputs` of the class above collects their maps."""
+
+    def __init__(self, config: ClusterFormerConfig):
+        super().__init__(config)
+        stage_class = ClusterFormerStage if config.clustering == "recurrent" else ClusterFormerReleasedStage
+        self.stages = nn.ModuleList(stage_class(config, stage_idx) for stage_idx in range(config.num_stages))
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        sizes: torch.Tensor | None = None,
+        output_cluster_centers: bool = False,
+        output_cluster_assignments: bool = False,
+        **kwargs,
+    ) -> ClusterFormerEncoderOutput:
+        cluster_centers, cluster_assignments = (), ()
+        for stage_idx, stage in enumerate(self.stages):
+            if stage_idx > 0 and sizes is not None:
+                sizes = (sizes + 1) // 2
+            hidden_states, centers, assignments = stage(
+                hidden_states, sizes, output_cluster_centers, output_cluster_assignments
+            )
+            cluster_centers += (centers,)
+            cluster_assignments += (assignments,)
+        return ClusterFormerEncoderOutput(
+            last_hidden_state=hidden_states,
+            cluster_centers=cluster_centers if output_cluster_centers else None,
+            cluster_assignments=cluster_assignments if output_cluster_assignments else None,
+        )
+
+
+def real_sizes(pixel_mask: torch.Tensor | None, pixel_values: torch.Tensor) -> torch.Tensor | None:
+    """Real height and width of each image, (batch, 2), from `pixel_mask`; raises `ValueError` if it is no such mask."""
+    if pixel_mask is None:
+        return None
+    expected = (pixel_values.shape[0], *pixel_values.shape[-2:])
+    if tuple(pixel_mask.shape) != expected:
+        raise ValueError(f"`pixel_mask` must have the shape {expected}, got {tuple(pixel_mask.shape)}.")
+    pixel_mask = pixel_mask.bool()
+    sizes = torch.stack([pixel_mask.any(dim=2).sum(dim=1), pixel_mask.any(dim=1).sum(dim=1)], dim=-1)
+    if not is_tracing(pixel_mask):
+        expected = pixel_mask_from_sizes(sizes, pixel_mask.shape[1:])[..., 0]
+        wrong = (sizes.amin(dim=1) < 1) | (expected != pixel_mask).flatten(1).any(dim=1)
+        if wrong.any():
+            raise ValueError(
+                "`pixel_mask` must mark a rectangle in the top left corner of every image, at least one pixel large; "
+                f"it does not for the images {wrong.nonzero().flatten().tolist()} of the batch."
+            )
+    return sizes
+
+
+def map_sizes(sizes: torch.Tensor | None, stride: int) -> torch.Tensor | None:
+    """Real sizes on a map of the given stride."""
+    return None if sizes is None else -(-sizes // stride)
+
+
+def mean_over_pixels(hidden_states: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
+    """Mean of (batch, channels, height, width) over the real pixels of each image: (batch, channels)."""
+    if sizes is None:
+        return hidden_states.mean(dim=(-2, -1))
+    mask = pixel_mask_from_sizes(sizes, hidden_states.shape[-2:]).permute(0, 3, 1, 2)
+    total = (hidden_states * mask.to(hidden_states.dtype)).sum(dim=(-2, -1))
+    return total / sizes.prod(dim=-1, keepdim=True).to(hidden_states.dtype)
+
+
+def check_released_input(config: ClusterFormerConfig, pixel_values: torch.Tensor, sizes: torch.Tensor | None):
+    """The released forms take sizes that their windows divide and no padding; raises `ValueError` otherwise."""
+    sides = tuple(pixel_values.shape[-2:])
+    multiples = []
+    for axis in range(2):
+        windows = [as_pair(entry) for entry in config.window_grid]
+        strides = [
+            config.patch_size * 2**stage_idx * window[axis] for stage_idx, window in enumerate(windows) if min(window) > 1
+        ]
+        multiples.append(math.lcm(*strides))
+    if any(side % multiple for side, multiple in zip(sides, multiples)):
+        raise ValueError(
+            f"clustering={config.clustering!r} with window_grid={config.window_grid} takes images whose height is a "
+            f"multiple of {multiples[0]} and whose width is a multiple of {multiples[1]}, got {sides[0]} x {sides[1]}."
+        )
+    if sizes is not None and not is_tracing(sizes) and (sizes != sizes.new_tensor(sides)).any():
+        raise ValueError(
+            f"clustering={config.clustering!r} cannot leave out padded pixels: resize all images of a batch to one size."
+        )
+
+
+class ClusterFormerModel(ClusterFormerPreTrainedModel):
+    """
+    The ClusterFormer encoder without a head on top.
+
+    `pooler_output` reads the last stage's centres, each normed and weighted by its mass. Since the assignments of a pixel
+    sum to one, this sum over the centres equals the mean over the pixels whatever the assignments, and is computed so:
+    the read-out loses nothing, and a linear head's output splits into one share for each cluster.
+    """
+
+    def __init__(self, config: ClusterFormerConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = ClusterFormerEmbeddings(config)
+        self.encoder = ClusterFormerEncoder(config)
+        self.hidden_states_norms = None
+        if add_pooling_layer:
+            first = config.num_stages - 1 if config.classifier_pooling == "centers" else 0
+            self.hidden_states_norms = nn.ModuleDict(
+                {f"stage{idx + 1}": stage_norm(config, config.hidden_sizes[idx]) for idx in range(first, config.num_stages)}
+            )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        output_cluster_assignments: bool | None = None,
+        **kwargs,
+    ) -> ClusterFormerModelOutput:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+                Normalised images. Any height and width from `patch_size` up with the recurrent clustering; the released
+                forms take multiples of their window grid.
+            pixel_mask (`torch.Tensor` of shape `(batch_size, height, width)`, *optional*):
+                1 at real pixels, 0 at padding, which fills the right and the bottom. Padding changes no result.
+            output_cluster_assignments (`bool`, *optional*):
+                Whether to return `cluster_assignments`, and `cluster_centers` as an entry.
+
+        Raises:
+            `ValueError`: if the shapes, the mask or the size do not fit the config.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        if output_cluster_assignments is None:
+            output_cluster_assignments = getattr(self.config, "output_cluster_assignments", False)
+        output_cluster_centers = kwargs.pop("output_cluster_centers", True)
+        sizes = real_sizes(pixel_mask, pixel_values)
+        if self.config.clustering != "recurrent":
+            check_released_input(self.config, pixel_values, sizes)
+            sizes = None
+
+        hidden_states = self.embeddings(pixel_values, sizes)
+        encoder_outputs = self.encoder(
+            hidden_states,
+            map_sizes(sizes, self.config.patch_size),
+            output_cluster_centers=output_cluster_centers,
+            output_cluster_assignments=output_cluster_assignments,
+            **kwargs,
+        )
+        last_hidden_state = encoder_outputs.last_hidden_state
+        pooler_output = None
+        if self.hidden_states_norms is not None:
+            pooler_output = self.pool_stage(self.config.num_stages, last_hidden_state, sizes)
+
+        outputs = ClusterFormerModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=pooler_output,
+            hidden_states=encoder_outputs.hidden_states,
+            cluster_centers=encoder_outputs.cluster_centers if output_cluster_assignments else None,
+            cluster_assignments=encoder_outputs.cluster_assignments,
+        )
+        # An attribute and no entry, since batched pipelines index every entry by image.
+        object.__setattr__(outputs, "cluster_centers", encoder_outputs.cluster_centers)
+        return outputs
+
+    def pool_stage(self, stage: int, hidden_states: torch.Tensor, sizes: torch.Tensor | None) -> torch.Tensor:
+        """Mean of the normed map of a stage (counted from 1) over the real pixels: (batch, channels)."""
+        normed = self.hidden_states_norms[f"stage{stage}"](hidden_states)
+        return mean_over_pixels(normed, map_sizes(sizes, self.config.patch_size * 2 ** (stage - 1)))
+
+
+class ClusterFormerForImageClassification(ClusterFormerPreTrainedModel):
+    """ClusterFormer with a linear classifier on the pooled centres (`classifier_pooling`), e.g. for ImageNet."""
+
+    def __init__(self, config: ClusterFormerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.clusterformer = ClusterFormerModel(config)
+        channels = config.hidden_sizes[-1] if config.classifier_pooling == "centers" else sum(config.hidden_sizes)
+        self.classifier = nn.Linear(channels, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_cluster_assignments: bool | None = None,
+        **kwargs,
+    ) -> ClusterFormerImageClassifierOutput:
+        r"""
+        Args:
+            pixel_values, pixel_mask, output_cluster_assignments: See [`ClusterFormerModel.forward`].
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                Classes in `[0, num_labels)` (cross-entropy), or values for the `problem_type` of the config.
+
+        Raises:
+            `ValueError`: if a label is not in `[0, num_labels)`.
+        """
+        if output_cluster_assignments is None:
+            output_cluster_assignments = getattr(self.config, "output_cluster_assignments", False)
+        read_stages = self.config.classifier_pooling == "stages"
+        output_hidden_states = kwargs.pop("output_hidden_states", None)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = self.clusterformer(
+            pixel_values,
+            pixel_mask,
+            output_cluster_assignments,
+            output_cluster_centers=output_cluster_assignments,
+            output_hidden_states=read_stages or output_hidden_states,
+            **kwargs,
+        )
+        pooled = outputs.pooler_output
+        if read_stages:
+            maps = list(enumerate(outputs.hidden_states))[1:-1]
+            pooled = [self.clusterformer.pool_stage(stage, hidden_state, None) for stage, hidden_state in maps] + [pooled]
+            pooled = torch.cat(pooled, dim=-1)
+        logits = self.classifier(pooled)
+
+        loss = None
+        if labels is not None:
+            self.check_labels(labels)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+
+        return ClusterFormerImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            cluster_centers=outputs.cluster_centers if output_cluster_assignments else None,
+            cluster_assignments=outputs.cluster_assignments,
+        )
+
+    def check_labels(self, labels: torch.Tensor):
+        # On an accelerator this would wait for the device at every step; the training script checks the data set there.
+        if labels.device.type != "cpu" or labels.is_floating_point() or self.num_labels < 2 or is_tracing(labels):
+            return
+        if labels.ndim == 1 and ((labels < 0) | (labels >= self.num_labels)).any():
+            raise ValueError(
+                f"`labels` must be in [0, {self.num_labels}) for num_labels={self.num_labels}, got {labels.tolist()}."
+            )
+
+
+class ClusterFormerBackbone(BackboneMixin, ClusterFormerPreTrainedModel):
+    """ClusterFormer backbone, to be used with frameworks like DETR, MaskFormer and UperNet."""
+
+    has_attentions = False
+
+    def __init__(self, config: ClusterFormerConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
+        self.embeddings = ClusterFormerEmbeddings(config)
+        self.encoder = ClusterFormerEncoder(config)
+        self.hidden_states_norms = nn.ModuleDict(
+            {stage: stage_norm(config, channels) for stage, channels in zip(self.out_features, self.channels)}
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None, **kwargs
+    ) -> BackboneOutput:
+        r"""
+        Args:
+            pixel_values, pixel_mask: See [`ClusterFormerModel.forward`].
+
+        Returns:
+            `BackboneOutput` whose `feature_maps` are the normed maps of `out_features`,
+            `(batch_size, channels, ceil(height / stride), ceil(width / stride))` each.
+        """
+        sizes = real_sizes(pixel_mask, pixel_values)
+        if self.config.clustering != "recurrent":
+            check_released_input(self.config, pixel_values, sizes)
+            sizes = None
+        hidden_states = self.embeddings(pixel_values, sizes)
+        outputs = self.encoder(hidden_states, map_sizes(sizes, self.config.patch_size), **kwargs)
+
+        feature_maps = ()
+        for stage, hidden_state in zip(self.stage_names, outputs.hidden_states):
+            if stage in self.out_features:
+                feature_maps += (self.hidden_states_norms[stage](hidden_state),)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=outputs.hidden_states)
+
+
+__all__ = [
+    "ClusterFormerBackbone",
+    "ClusterFormerForImageClassification",
+    "ClusterFormerModel",
+    "ClusterFormerPreTrainedModel",
+]
