@@ -1,0 +1,58 @@
+# make VENV=$VIRTUAL_ENV ... installs into and uses an environment that already exists.
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.clusterformer-installed
+OLDEST = transformers==5.17.0
+OLDEST_VENV = $(VENV)-oldest
+OLDEST_INSTALLED = $(OLDEST_VENV)/.clusterformer-installed
+PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+.DEFAULT_GOAL = help
+.PHONY: help install demo test style quality conformance conformance-min benchmark clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(INSTALLED) ## create .venv and install everything
+
+demo: $(INSTALLED) ## train, save, reload and draw a small model on real digits
+	$(BIN)/python scripts/quickstart.py
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest -q tests
+
+style: $(INSTALLED) ## format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: $(INSTALLED) ## check the format and the code, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+conformance: $(INSTALLED) ## run the common tests of transformers on our classes
+	$(BIN)/python -m pytest -q tests/test_conformance.py
+
+conformance-min: $(OLDEST_INSTALLED) ## the same on the oldest supported transformers
+	$(OLDEST_VENV)/bin/python -m pytest -q tests/test_conformance.py
+
+benchmark: $(INSTALLED) ## measure speed and memory beside other models
+	$(BIN)/python scripts/benchmark.py
+
+clean: ## remove the environments and every cache
+	rm -rf .venv .venv-oldest .cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -e ".[dev]"
+	touch $@
+
+# Only what the oldest transformers needs is installed here, the rest is taken from the main environment.
+$(OLDEST_INSTALLED): $(INSTALLED) Makefile
+	$(BIN)/python -m venv --clear $(OLDEST_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c $(PURELIB))')" \
+		> "$$($(OLDEST_VENV)/bin/python -c $(PURELIB))/main_environment.pth"
+	$(OLDEST_VENV)/bin/pip install $(OLDEST)
+	touch $@
