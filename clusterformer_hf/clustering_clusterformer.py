@@ -296,7 +296,7 @@ class ClusterFormerReleasedClustering(nn.Module):
     def __init__(self, config: ClusterFormerConfig, stage_idx: int):
         super().__init__()
         dim, self.num_heads = config.hidden_sizes[stage_idx], config.num_attention_heads[stage_idx]
-        head_dim = config.head_dim or dim // self.num_heads
+        head_dim = config.head_dims[stage_idx]
         self.flash = config.clustering == "release_flash"
         self.num_iterations = config.num_iterations
         self.center_grid = as_pair(config.center_grid[stage_idx])

@@ -42,8 +42,9 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
             Channels of each stage.
         num_attention_heads (`list[int]`, *optional*, defaults to `[3, 6, 12, 24]`):
             Heads of each stage. Every head clusters for itself.
-        head_dim (`int`, *optional*):
-            Channels of a head. Only the released forms may differ from `hidden_sizes / num_attention_heads`, the default.
+        head_dim (`int` or `list[int]`, *optional*):
+            Channels of a head, one number or one for each stage. Only the released forms may differ from
+            `hidden_sizes / num_attention_heads`, the default.
         mlp_ratios (`list[int | float]`, *optional*, defaults to `[4, 4, 4, 4]`):
             Hidden channels of each stage's feed-forward network over its channels.
         clustering (`str`, *optional*, defaults to `"recurrent"`):
@@ -127,7 +128,7 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
     depths: list[int] | tuple[int, ...] = (2, 2, 6, 2)
     hidden_sizes: list[int] | tuple[int, ...] = (96, 192, 384, 768)
     num_attention_heads: list[int] | tuple[int, ...] = (3, 6, 12, 24)
-    head_dim: int | None = None
+    head_dim: int | list[int] | tuple[int, ...] | None = None
     mlp_ratios: list[int | float] | tuple[int | float, ...] = (4, 4, 4, 4)
     clustering: str = "recurrent"
     center_grid: list[int | list[int]] | tuple[int | list[int], ...] = (10, 10, 10, 10)
@@ -221,6 +222,11 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`head_dim={self.head_dim}` needs a released form of `clustering`.")
         elif any(ratio != 1 for ratio in self.sr_ratios):
             raise ValueError(f"`sr_ratios={self.sr_ratios}` needs clustering='recurrent', got {self.clustering!r}.")
+        if self.head_dim is not None and (len(self.head_dims) != len(self.depths) or min(self.head_dims) < 1):
+            raise ValueError(
+                f"`head_dim` must be a positive number, or one for each of the {len(self.depths)} stages of "
+                f"`depths={self.depths}`, got head_dim={self.head_dim}."
+            )
         if self.head_dim is None:
             for size, heads in zip(self.hidden_sizes, self.num_attention_heads):
                 if size % heads != 0:
@@ -232,6 +238,13 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def num_stages(self) -> int:
         return len(self.hidden_sizes)
+
+    @property
+    def head_dims(self) -> list[int]:
+        """Channels of a head of each stage."""
+        if self.head_dim is None:
+            return [size // heads for size, heads in zip(self.hidden_sizes, self.num_attention_heads)]
+        return [self.head_dim] * self.num_stages if isinstance(self.head_dim, int) else list(self.head_dim)
 
     @classmethod
     def tiny(cls, **kwargs) -> "ClusterFormerConfig":
