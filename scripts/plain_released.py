@@ -40,7 +40,7 @@ class PlainReleasedClustering(nn.Module):
     def __init__(self, config, stage_idx: int):
         super().__init__()
         dim, self.heads = config.hidden_sizes[stage_idx], config.num_attention_heads[stage_idx]
-        self.head_dim = config.head_dim or dim // self.heads
+        self.head_dim = config.head_dims[stage_idx]
         self.form, self.iterations = config.clustering, config.num_iterations
         if self.form not in ("release", "release_flash"):
             raise ValueError(f"`clustering` must be a released form, got {self.form!r}.")
