@@ -26,10 +26,16 @@ from .modeling_clusterformer import (
 
 __version__ = "0.1.0"
 
-AutoConfig.register("clusterformer", ClusterFormerConfig, exist_ok=True)
-AutoModel.register(ClusterFormerConfig, ClusterFormerModel, exist_ok=True)
-AutoBackbone.register(ClusterFormerConfig, ClusterFormerBackbone, exist_ok=True)
-AutoModelForImageClassification.register(ClusterFormerConfig, ClusterFormerForImageClassification, exist_ok=True)
+AutoConfig.register(ClusterFormerConfig.model_type, ClusterFormerConfig, exist_ok=True)
+for auto_class, model_class in (
+    (AutoModel, ClusterFormerModel),
+    (AutoBackbone, ClusterFormerBackbone),
+    (AutoModelForImageClassification, ClusterFormerForImageClassification),
+):
+    auto_class.register(ClusterFormerConfig, model_class, exist_ok=True)
+    # `save_pretrained` then puts the modelling files next to the weights: the folder loads without this package.
+    model_class.register_for_auto_class(auto_class.__name__)
+ClusterFormerConfig.register_for_auto_class()
 
 __all__ = [
     "ClusterFormerBackbone",

@@ -273,17 +273,21 @@ class ClusterFormerRecurrentClustering(nn.Module):
 
     def dispatch(self, features: torch.Tensor, centers: torch.Tensor, geometry: StageGeometry) -> torch.Tensor:
         """
-        Eq. 6 and the output projection. The sum over the centres is bilinear in pixel and centres, so it is one
-        (d, d) matrix a head, and with the projection one (dim, dim) matrix an image: no (N, K) similarities.
+        Eq. 6 and the output projection. The sum over the centres is bilinear in pixel and centres, so it is one (d, d)
+        matrix a head: no (N, K) similarities.
         """
-        centers = F.normalize(centers, dim=-1)
+        directions = F.normalize(centers, dim=-1)
         if geometry.center_mask is not None:
-            centers = centers * (geometry.center_mask.mT == 0).to(centers.dtype)
-        mixing = (centers.mT @ centers / geometry.num_centers).to(features.dtype)
-        projection = self.projection.weight.mT.unflatten(0, (self.num_heads, -1))
-        mixing = (mixing @ projection).flatten(1, 2)  # (batch, heads, d, d) x (heads, d, dim) -> (batch, dim, dim)
-        pixels = F.normalize(features.unflatten(-1, (self.num_heads, -1)), dim=-1).flatten(3)
-        return (pixels.flatten(1, 2) @ mixing).unflatten(1, features.shape[1:3])
+            directions = directions * (geometry.center_mask.mT == 0).to(centers.dtype)
+        mixing = (directions.mT @ centers / geometry.num_centers).to(features.dtype)
+        pixels = F.normalize(features.unflatten(-1, (self.num_heads, -1)), dim=-1).flatten(1, 2)
+        if pixels.shape[1] > features.shape[-1]:
+            # Many pixels: fold the projection in, (heads, d, d) x (heads, d, dim), and pass over them once.
+            projection = self.projection.weight.mT.unflatten(0, (self.num_heads, -1))
+            update = pixels.flatten(2) @ (mixing @ projection).flatten(1, 2)
+        else:
+            update = self.projection((pixels.transpose(1, 2) @ mixing).transpose(1, 2).flatten(2))
+        return update.unflatten(1, features.shape[1:3])
 
 
 class ClusterFormerReleasedClustering(nn.Module):
