@@ -1,0 +1,408 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Speed and memory of ClusterFormer beside models of its size, with random weights and nothing to download.
+
+    python scripts/benchmark.py
+    python scripts/benchmark.py --sections inference --sizes 224 --batch_sizes 1 8 --rounds 10 --output results.json
+
+All contestants of a table take turns in one process (A, B, C, A, B, C, ...), so that a change of the machine's load
+meets them alike; a time is the median over the rounds. A large matrix product takes its turn too: multiply-accumulates
+over time against its own give the share of the machine's peak. The ratios come first: they carry over to other
+machines, the times do not.
+
+A section is a function from [`Settings`] to tables; a new task is one more entry of `SECTIONS`.
+"""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+import transformers
+from plain_released import PlainReleasedClustering
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import timer
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    HfArgumentParser,
+    SwinConfig,
+    SwinForImageClassification,
+    set_seed,
+)
+
+from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
+
+
+# A call faster than this is repeated within its turn: the clock and the wait for an accelerator cost time too.
+SHORTEST_TURN = 0.05  # seconds
+NUM_LABELS = 1000
+
+
+@dataclass
+class BenchmarkArguments:
+    """Command line of the benchmark."""
+
+    sections: list[str] = field(
+        default_factory=lambda: list(SECTIONS), metadata={"help": "Tables to print: inference, training, released."}
+    )
+    sizes: list[int] = field(
+        default_factory=lambda: [224, 512, 1024], metadata={"help": "Image sides of `inference`, in pixels."}
+    )
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "Batch sizes of `inference`."})
+    training_size: int = field(default=224, metadata={"help": "Image side of `training`, in pixels."})
+    training_batch_size: int = field(default=16, metadata={"help": "Batch size of `training`."})
+    released_sizes: list[int] = field(
+        default_factory=lambda: [256, 512],
+        metadata={"help": "Image sides of `released`, in pixels: multiples of 128."},
+    )
+    rounds: int = field(default=3, metadata={"help": "Least number of rounds that a median is taken over."})
+    min_seconds: float = field(default=5.0, metadata={"help": "Rounds go on for at least this long a table."})
+    devices: list[str] = field(
+        default_factory=lambda: ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"],
+        metadata={"help": "Devices to measure on."},
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "float32, bfloat16 or float16; float32 on the CPU and bfloat16 elsewhere if not given. Training "
+            "keeps float32 weights and uses autocast."
+        },
+    )
+    compile: bool = field(default=False, metadata={"help": "Compile all models with torch.compile."})
+    channels_last: bool = field(default=False, metadata={"help": "Give all models weights and images channels last."})
+    output: str | None = field(default=None, metadata={"help": "JSON file to write the results to."})
+
+
+@dataclass
+class Settings:
+    """What the sections share: the command line and the device with its precision."""
+
+    arguments: BenchmarkArguments
+    device: torch.device
+    dtype: torch.dtype
+
+    def place(self, tensor_or_module, dtype: torch.dtype | None = None):
+        memory_format = torch.channels_last if self.arguments.channels_last else torch.contiguous_format
+        return tensor_or_module.to(self.device, dtype or self.dtype, memory_format=memory_format)
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        return torch.compile(model) if self.arguments.compile else model
+
+    def images(self, batch_size: int, size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.place(torch.randn(batch_size, 3, size, size), dtype)
+
+
+@dataclass
+class Contestant:
+    """
+    One line of a table.
+
+    Args:
+        name (`str`): Its name.
+        run (`Callable`): The call that is measured.
+        gmacs (`float`): Billions of multiply-accumulates of the call.
+    """
+
+    name: str
+    run: Callable[[], object]
+    gmacs: float
+
+
+def clusterformer(**kwargs) -> nn.Module:
+    return ClusterFormerForImageClassification(ClusterFormerConfig.tiny(num_labels=NUM_LABELS, **kwargs))
+
+
+def swin() -> nn.Module:
+    return SwinForImageClassification(SwinConfig(num_labels=NUM_LABELS))
+
+
+def convnext() -> nn.Module:
+    return ConvNextForImageClassification(ConvNextConfig(num_labels=NUM_LABELS))
+
+
+def released(form: str) -> nn.Module:
+    config = ClusterFormerConfig.released_tiny(num_labels=NUM_LABELS, clustering=form)
+    return ClusterFormerForImageClassification(config)
+
+
+def plain_released(form: str, weights: dict[str, torch.Tensor] | None = None) -> nn.Module:
+    """The same model with the plain transcription of the clustering."""
+    model = released(form)
+    for stage_idx, stage in enumerate(model.clusterformer.encoder.stages):
+        for layer in stage.layers:
+            layer.clustering = PlainReleasedClustering(model.config, stage_idx)
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
+
+
+CLASSIFIERS = {"ClusterFormer-T": clusterformer, "Swin-T": swin, "ConvNeXt-T": convnext}
+
+
+def inference(settings: Settings):
+    """Classifiers of the same size, forward pass."""
+    models = {name: settings.place(build()).eval() for name, build in CLASSIFIERS.items()}
+    compiled = {name: settings.compiled(model) for name, model in models.items()}
+    for size in settings.arguments.sizes:
+        macs = {name: forward_gmacs(build, size) for name, build in CLASSIFIERS.items()}
+        for batch_size in settings.arguments.batch_sizes:
+            images = settings.images(batch_size, size)
+            contestants = [
+                Contestant(name, partial(forward, model, images), batch_size * macs[name])
+                for name, model in compiled.items()
+            ]
+            yield table(f"inference, {size} x {size}, batch {batch_size}", contestants, settings, batch_size)
+
+
+def training(settings: Settings):
+    """Classifiers of the same size, a whole training step: forward, backward, AdamW."""
+    size, batch_size = settings.arguments.training_size, settings.arguments.training_batch_size
+    builders = {**CLASSIFIERS, "ClusterFormer-T, gradient checkpointing": checkpointed}
+    images = settings.images(batch_size, size, torch.float32)
+    labels = torch.randint(NUM_LABELS, (batch_size,), device=settings.device)
+    contestants = []
+    for name, build in builders.items():
+        model = settings.place(build(), torch.float32).train()
+        optimizer = torch.optim.AdamW(model.parameters())
+        run = partial(training_step, settings.compiled(model), optimizer, images, labels, settings.dtype)
+        # As usual: the backward pass counts twice the forward pass, recomputation does not count.
+        contestants.append(Contestant(name, run, 3 * batch_size * forward_gmacs(build, size)))
+    yield table(f"training step, {size} x {size}, batch {batch_size}", contestants, settings, batch_size)
+
+
+def released_forms(settings: Settings):
+    """The released forms against their plain transcription with the same weights."""
+    for form in ("release", "release_flash"):
+        ours = released(form)
+        builders = {"ours": partial(released, form), "plain transcription": partial(plain_released, form)}
+        models = {"ours": ours, "plain transcription": plain_released(form, ours.state_dict())}
+        models = {name: settings.place(model).eval() for name, model in models.items()}
+        compiled = {name: settings.compiled(model) for name, model in models.items()}
+        for size in settings.arguments.released_sizes:
+            images = settings.images(1, size)
+            contestants = [
+                Contestant(name, partial(forward, model, images), forward_gmacs(builders[name], size))
+                for name, model in compiled.items()
+            ]
+            logits = [contestant.run().logits.double() for contestant in contestants]
+            result = table(f"{form}, {size} x {size}, batch 1", contestants, settings, 1)
+            result["largest_difference"] = ((logits[0] - logits[1]).abs().max() / logits[1].abs().max()).item()
+            yield result
+
+
+SECTIONS = {"inference": inference, "training": training, "released": released_forms}
+
+
+@torch.no_grad()
+def forward(model: nn.Module, images: torch.Tensor):
+    return model(images)
+
+
+def training_step(model, optimizer, images, labels, dtype) -> torch.Tensor:
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        loss = model(images, labels=labels).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+
+def checkpointed() -> nn.Module:
+    model = clusterformer()
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def forward_gmacs(build: Callable[[], nn.Module], size: int) -> float:
+    """Billions of multiply-accumulates in the matrix products, convolutions and attentions for one image."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # where nothing is computed
+        forward(build().eval(), torch.empty(1, 3, size, size))
+    return counter.get_total_flops() / 2e9
+
+
+def large_product(settings: Settings) -> Contestant:
+    """A square matrix product, large enough for the machine's peak."""
+    side = 8192 if settings.device.type == "cuda" else 2048
+    left, right = (torch.randn(side, side, device=settings.device, dtype=settings.dtype) for _ in range(2))
+    return Contestant("matrix product", lambda: left @ right, side**3 / 1e9)
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> float:
+    """
+    Mebibytes that a call allocates beyond what is there before it: activations, gradients, the operators' own buffers.
+
+    On the CPU the profiler reports every allocation and release of PyTorch's allocator, so the number is exact and the
+    same in every run, unlike the process's resident memory, which depends on what the C library keeps back.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        current += event["args"]["Bytes"]
+        peak = max(peak, current)
+    return peak / 2**20
+
+
+def seconds(run: Callable[[], object], repeats: int) -> float:
+    start = timer()
+    for _ in range(repeats):
+        run()
+    return (timer() - start) / repeats
+
+
+def interleaved_medians(runs: list[Callable[[], object]], rounds: int, min_seconds: float) -> tuple[list[float], int]:
+    """Median seconds of each call and the number of rounds. Every call has been warmed up before."""
+    start = timer()
+    times = [[seconds(run, 1) for run in runs]]
+    repeats = [max(1, round(SHORTEST_TURN / time)) for time in times[0]]
+    while len(times) < rounds or timer() - start < min_seconds:
+        times.append([seconds(run, repeat) for run, repeat in zip(runs, repeats)])
+    return [median(column) for column in zip(*times)], len(times)
+
+
+def table(title: str, contestants: list[Contestant], settings: Settings, batch_size: int) -> dict:
+    """Measures the contestants, the first of which the others are compared with."""
+    for contestant in contestants:
+        contestant.run()  # warm-up: compiles, plans convolutions, creates the optimizer's state
+    memory = [peak_memory(contestant.run, settings.device) for contestant in contestants]
+    product = large_product(settings)
+    product.run()
+    runs = [contestant.run for contestant in (*contestants, product)]
+    times, rounds = interleaved_medians(runs, settings.arguments.rounds, settings.arguments.min_seconds)
+    peak = product.gmacs / times[-1]
+    rows = [
+        {
+            "model": contestant.name,
+            "speed_of_first": time / times[0],
+            "memory_of_first": memory[0] / mebibytes,
+            "milliseconds": 1e3 * time,
+            "images_per_second": batch_size / time,
+            "mebibytes": mebibytes,
+            "gmacs": contestant.gmacs,
+            "peak_share": contestant.gmacs / time / peak,
+        }
+        for contestant, time, mebibytes in zip(contestants, times, memory)
+    ]
+    return {"title": title, "rounds": rounds, "product_gflops": 2 * peak, "rows": rows}
+
+
+COLUMNS = {
+    "model": ("model", "{}"),
+    "speed_of_first": ("speed of the first", "{:.2f} x"),
+    "memory_of_first": ("its memory", "{:.2f} x"),
+    "milliseconds": ("ms", "{:.1f}"),
+    "images_per_second": ("images/s", "{:.2f}"),
+    "mebibytes": ("peak MiB", "{:.1f}"),
+    "gmacs": ("GMACs", "{:.2f}"),
+    "peak_share": ("share of peak", "{:.2f}"),
+}
+
+
+def markdown(result: dict) -> str:
+    """A table as text."""
+    cells = [[title for title, _ in COLUMNS.values()]]
+    cells += [[form.format(row[key]) for key, (_, form) in COLUMNS.items()] for row in result["rows"]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    note = f"{result['rounds']} rounds, matrix product at {result['product_gflops']:.0f} GFLOP/s"
+    if "largest_difference" in result:
+        note += f", logits differ by {result['largest_difference']:.1e} of the largest"
+    return "\n".join([f"## {result['title']}", f"({note})", *lines, ""])
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    )
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+
+
+def describe(settings: Settings) -> dict:
+    """When, where and with what the numbers were taken."""
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": str(settings.device),
+        "machine": machine(settings.device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def check(arguments: BenchmarkArguments):
+    unknown = [section for section in arguments.sections if section not in SECTIONS]
+    if unknown:
+        raise ValueError(f"Unknown sections {unknown}: choose from {list(SECTIONS)}.")
+    if arguments.rounds < 1:
+        raise ValueError(f"`rounds` must be at least 1, got {arguments.rounds}.")
+    if arguments.dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got {arguments.dtype!r}.")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs the benchmark with these flags; prints the tables and returns them."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces its start and stop otherwise
+    (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)
+    check(arguments)
+    results = {"arguments": asdict(arguments), "runs": []}
+    for name in arguments.devices:
+        device = torch.device(name)
+        dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+        settings = Settings(arguments, device, getattr(torch, dtype))
+        run = {"machine": describe(settings), "tables": []}
+        print(", ".join(f"{key} {value}" for key, value in run["machine"].items()), "\n", flush=True)
+        results["runs"].append(run)
+        for section in arguments.sections:
+            set_seed(0)
+            for result in SECTIONS[section](settings):
+                run["tables"].append({"section": section, **result})
+                print(markdown(result), flush=True)
+                if arguments.output:
+                    Path(arguments.output).write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

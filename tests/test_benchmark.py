@@ -1,0 +1,165 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The benchmark script: it runs, and what it measures is what it says. No test looks at a time."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import ConvNextConfig, ConvNextForImageClassification, SwinConfig, SwinForImageClassification
+
+from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("benchmark")
+
+
+def nano_classifiers() -> dict:
+    """The contestants with few channels and one block a stage."""
+    nano = {"depths": [1, 1], "num_labels": 10}
+    ours = ClusterFormerConfig(
+        hidden_sizes=[16, 32], num_attention_heads=[1, 2], mlp_ratios=[2, 2], center_grid=[3, 3], **nano
+    )
+    swin = SwinConfig(image_size=32, embed_dim=16, num_heads=[1, 2], window_size=2, **nano)
+    convnext = ConvNextConfig(hidden_sizes=[16, 32], num_stages=2, **nano)
+    return {
+        "ClusterFormer-T": lambda: ClusterFormerForImageClassification(ours),
+        "Swin-T": lambda: SwinForImageClassification(swin),
+        "ConvNeXt-T": lambda: ConvNextForImageClassification(convnext),
+    }
+
+
+def nano_released(form: str) -> nn.Module:
+    config = ClusterFormerConfig.released_tiny(
+        clustering=form,
+        depths=[1] * 4,
+        hidden_sizes=[8, 8, 8, 8],
+        num_attention_heads=[1, 1, 2, 2],
+        center_grid=[3] * 4,
+    )
+    return ClusterFormerForImageClassification(config)
+
+
+def test_runs_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
+    """All sections on small models: every table is printed and written, with positive numbers."""
+    models = nano_classifiers()
+    monkeypatch.setattr(benchmark, "NUM_LABELS", 10)
+    monkeypatch.setattr(benchmark, "CLASSIFIERS", models)
+    monkeypatch.setattr(benchmark, "clusterformer", models["ClusterFormer-T"])
+    monkeypatch.setattr(benchmark, "released", nano_released)
+    output = tmp_path / "results.json"
+    flags = "--sizes 32 64 --batch_sizes 1 2 --training_size 32 --training_batch_size 2 --released_sizes 128"
+    flags += f" --rounds 1 --min_seconds 0 --devices cpu --output {output}"
+    results = benchmark.main(flags.split())
+
+    assert json.loads(output.read_text()) == results
+    (run,) = results["runs"]
+    assert run["machine"]["threads"] == torch.get_num_threads()
+    assert run["machine"]["torch"] == torch.__version__
+    assert [table["section"] for table in run["tables"]] == ["inference"] * 4 + ["training"] + ["released"] * 2
+    printed = capsys.readouterr().out
+    for table in run["tables"]:
+        assert f"## {table['title']}\n" in printed
+        assert table["rows"][0]["speed_of_first"] == table["rows"][0]["memory_of_first"] == 1
+        for row in table["rows"]:
+            assert all(value > 0 for key, value in row.items() if key != "model"), row
+    assert [row["model"] for row in run["tables"][0]["rows"]] == ["ClusterFormer-T", "Swin-T", "ConvNeXt-T"]
+    assert all(table["largest_difference"] < 1e-3 for table in run["tables"] if table["section"] == "released")
+
+
+def test_ratios_are_against_the_first(benchmark, monkeypatch):
+    """Twice as fast in half the memory reads as 2 and 0.5."""
+    monkeypatch.setattr(benchmark, "peak_memory", lambda run, device: {"fast": 10.0, "slow": 20.0}[run()])
+    monkeypatch.setattr(benchmark, "interleaved_medians", lambda runs, *_: ([0.5, 1.0, 0.25], 1))
+    contestants = [benchmark.Contestant(name, lambda name=name: name, gmacs=4.0) for name in ("fast", "slow")]
+    settings = benchmark.Settings(benchmark.BenchmarkArguments(), torch.device("cpu"), torch.float32)
+    result = benchmark.table("title", contestants, settings, batch_size=8)
+    peak = 2048**3 / 1e9 / 0.25
+    assert result["product_gflops"] == pytest.approx(2 * peak)
+    assert result["rows"][1]["speed_of_first"] == 2
+    assert result["rows"][1]["memory_of_first"] == 0.5
+    assert result["rows"][1]["images_per_second"] == 8
+    assert result["rows"][0]["peak_share"] == pytest.approx(8.0 / peak)
+
+
+def test_gmacs_equal_a_hand_count(benchmark):
+    """ConvNeXt-T at 64 x 64: stem, a 7x7 depthwise and two pointwise layers a block, 2x2 downsampling, classifier."""
+    sizes, depths, side = [96, 192, 384, 768], [3, 3, 9, 3], 16
+    macs = side**2 * 96 * 3 * 4**2
+    for stage, (dim, depth) in enumerate(zip(sizes, depths)):
+        if stage > 0:
+            side //= 2
+            macs += side**2 * dim * sizes[stage - 1] * 2**2
+        macs += depth * side**2 * (7**2 * dim + 2 * 4 * dim**2)
+    macs += 768 * 1000
+    assert benchmark.forward_gmacs(benchmark.convnext, 64) == pytest.approx(macs / 1e9, rel=1e-12)
+
+
+def test_gmacs_of_the_feed_forward_networks_are_contained(benchmark):
+    """Ours at 64 x 64 counts its feed-forward networks and convolutions and less than as much again."""
+    sizes, depths, side = [96, 192, 384, 768], [2, 2, 6, 2], 16
+    macs = side**2 * 96 * 5 * 4**2
+    for stage, (dim, depth) in enumerate(zip(sizes, depths)):
+        if stage > 0:
+            side //= 2
+            macs += side**2 * dim * sizes[stage - 1] * 3**2
+        macs += depth * side**2 * 2 * 4 * dim**2
+    assert macs / 1e9 < benchmark.forward_gmacs(benchmark.clusterformer, 64) < 2 * macs / 1e9
+
+
+def test_peak_memory_counts_what_lives_at_once(benchmark):
+    """Three products in a row: input and output of one live together, the others are gone."""
+    tensor = torch.ones(2**18)  # 1 MiB
+    assert benchmark.peak_memory(lambda: ((tensor * 2) * 3) * 4, tensor.device) == pytest.approx(2, rel=1e-3)
+
+
+def test_peak_memory_of_training_counts_activations_and_gradients(benchmark):
+    """A chain of 8 linear layers keeps its inputs for the backward pass; inference keeps none."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8)))
+    images = torch.ones(1024, 256)  # 1 MiB, as every activation
+
+    def step():
+        model.zero_grad()
+        model(images).sum().backward()
+
+    training = benchmark.peak_memory(step, images.device)
+    inference = benchmark.peak_memory(lambda: benchmark.forward(model, images), images.device)
+    assert 8 <= training < 14
+    assert inference == pytest.approx(2, rel=1e-2)
+
+
+def test_contestants_take_turns(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "SHORTEST_TURN", 0)
+    turns = []
+    runs = [lambda name=name: turns.append(name) for name in "ABC"]
+    medians, rounds = benchmark.interleaved_medians(runs, rounds=4, min_seconds=0)
+    assert turns == list("ABC") * 4
+    assert rounds == 4 and len(medians) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"), [("--sections speed", "speed"), ("--rounds 0", "0"), ("--dtype int8", "int8")]
+)
+def test_wrong_arguments_are_named(benchmark, flags, named):
+    with pytest.raises(ValueError, match=named):
+        benchmark.main(flags.split())
