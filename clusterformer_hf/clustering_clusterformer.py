@@ -67,7 +67,7 @@ def expectation(keys, queries, place, positions, spatial_weight, center_mask=Non
     return logits.softmax(dim=-1)
 
 
-def maximization(assignments, values, positions) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def maximization(assignments, values, positions, pixel_extent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     M-step: features, places and extents become the means of their pixels under `assignments`.
 
@@ -75,6 +75,9 @@ def maximization(assignments, values, positions) -> tuple[torch.Tensor, torch.Te
         assignments (`torch.Tensor` of shape `(batch, heads, height * width, K)`): From [`expectation`], 0 at padding.
         values (`torch.Tensor` of shape `(batch, heads, height * width, d)`).
         positions: See [`expectation`].
+        pixel_extent (`torch.Tensor` of shape `(1 or batch, 2)`):
+            Height and width of a pixel. A pixel is a square, no point: its own variance, a twelfth of its squared side,
+            is part of a cluster's, so that n pixels in a row have the variance of a bar n pixels long.
 
     Returns:
         Centres (batch, heads, K, d), means and variances of their positions (batch, heads, K, 2).
@@ -90,8 +93,9 @@ def maximization(assignments, values, positions) -> tuple[torch.Tensor, torch.Te
         mean = (marginal * position).sum(dim=2) / mass
         deviation = (position - mean[:, :, None]).square()
         means.append(mean)
-        variances.append(((marginal * deviation).sum(dim=2) / mass).clamp(MIN_EXTENT**2, MAX_EXTENT**2))
-    return centers, torch.stack(means, dim=-1), torch.stack(variances, dim=-1)
+        variances.append((marginal * deviation).sum(dim=2) / mass)
+    variance = torch.stack(variances, dim=-1) + pixel_extent.square()[:, None, None] / 12
+    return centers, torch.stack(means, dim=-1), variance.clamp(MIN_EXTENT**2, MAX_EXTENT**2)
 
 
 def split_heads(features: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -119,6 +123,7 @@ class StageGeometry:
         self.mask = pixel_mask_from_sizes(sizes, self.map_size)
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.sizes = torch.tensor([self.map_size], device=like.device) if sizes is None else sizes
+        self.sample_extent = sr_ratio / self.sizes.to(dtype)
         sample_sizes = -(-self.sizes // sr_ratio)
         self.sample_mask = None if sizes is None else pixel_mask_from_sizes(sample_sizes, self.sample_size)
 
@@ -246,7 +251,7 @@ class ClusterFormerRecurrentClustering(nn.Module):
             positions = geometry.positions(sampled=True)
             for _ in range(self.num_iterations):
                 assignments = self.assign_keys(keys, (centers, mean, variance), positions, geometry, sampled=True)
-                centers, mean, variance = maximization(assignments, values, positions)
+                centers, mean, variance = maximization(assignments, values, positions, geometry.sample_extent)
         return centers, mean, variance
 
     def unit_keys(self, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -363,7 +368,7 @@ class ClusterFormerReleasedClustering(nn.Module):
         """Sigmoid of the scaled cosine to the most similar centre and its index: (groups, N) each."""
         cosine = F.normalize(points, dim=1).mT @ F.normalize(centers, dim=1)
         similarity, nearest = (self.sim_beta + self.sim_alpha * cosine).max(dim=-1)
-        return similarity.sigmoid(), nearest
+        return similarity.sigmoid().to(points.dtype), nearest
 
 
 def aggregate_and_dispatch(similarity, nearest, values, center_features) -> torch.Tensor:
