@@ -14,7 +14,6 @@
 """The model card of a training run: what was trained on what, and what was measured."""
 
 import yaml
-
 from transformers.modelcard import TrainingSummary, make_markdown_table
 
 

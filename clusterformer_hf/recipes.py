@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import yaml
-
 from transformers import HfArgumentParser
 
 

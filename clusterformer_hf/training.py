@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trainer for long runs on one's own pictures: NaN reports, checkpoints that a killed run leaves usable, model cards."""
+"""Trainer for long runs on one's own pictures: NaN reports, resuming after a killed run, model cards."""
 
 import json
 import logging
@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-
 from transformers import Trainer, TrainerCallback
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -75,8 +74,8 @@ class ClusterFormerTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(self.args.output_dir).free / 2**20
             raise OSError(
-                f"{folder} could not be written ({free:,.0f} MiB are free there): {error}\nThe run goes on from its last "
-                "complete checkpoint with --resume_from_checkpoint true."
+                f"{folder} could not be written ({free:,.0f} MiB are free there): {error}\n"
+                "The run goes on from its last complete checkpoint with --resume_from_checkpoint true."
             ) from error
 
     def _save_rng_state(self, output_dir):

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import v2
-
 from transformers import BaseImageProcessor
 
 
@@ -46,7 +45,7 @@ class AugmentationArguments:
     )
 
     def __post_init__(self):
-        ranges = {name: (0, 1) for name in ("crop_scale", "horizontal_flip", "random_erasing")}
+        ranges = dict.fromkeys(("crop_scale", "horizontal_flip", "random_erasing"), (0, 1))
         ranges |= {"randaugment_magnitude": (0, 30), "randaugment_num_ops": (1, 16)}
         ranges |= {"mixup_alpha": (0, float("inf")), "cutmix_alpha": (0, float("inf"))}
         for name, (low, high) in ranges.items():

@@ -108,8 +108,8 @@ def read_picture_folders(folders: dict[str, Path]) -> tuple[DatasetDict, dict[st
     """
     Reads folders of class folders, one for each split, as the datasets library's "imagefolder" does.
 
-    That loader leaves out whatever has no picture's name without a word, so what it left out is returned too, a line for
-    each file. Hidden files are no data. An empty folder is an error.
+    That loader silently leaves out what has no picture's name, so that is returned too, a line for each file. Hidden
+    files are no data. An empty folder is an error.
     """
     files = {split: _files_in(folder) for split, folder in folders.items()}
     # The folder's own name must not be taken for a pattern.

@@ -34,8 +34,8 @@ def open_image(source: str | os.PathLike | bytes | dict | Image.Image) -> Image.
     Reads a whole picture.
 
     Args:
-        source: A path, the bytes of a file, a `{"path", "bytes"}` dict as the datasets library's undecoded `Image` gives
-            it, or an open picture.
+        source: A path, the bytes of a file, a `{"path", "bytes"}` dict (the datasets library's undecoded `Image`), or
+            an open picture.
 
     Returns:
         `PIL.Image.Image`: upright, of mode RGB (8 bit).

@@ -14,7 +14,6 @@
 """Top-1 and top-5 accuracy."""
 
 import torch
-
 from transformers import EvalPrediction
 
 

@@ -1,0 +1,280 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Fine-tunes or trains ClusterFormer, or another image classifier of transformers, on labelled pictures.
+
+    python scripts/run_image_classification.py --dataset_name my_pictures --output_dir outputs/mine \
+        --do_train --do_eval [--model_name_or_path CHECKPOINT --ignore_mismatched_sizes]
+    python scripts/run_image_classification.py scripts/recipes/image_classification_folder.yaml --learning_rate 1e-4
+    python scripts/run_image_classification.py --model_name_or_path outputs/mine --dataset_name my_pictures --do_eval
+
+`my_pictures` is a folder with `train` and `val` in it, each with one folder of pictures for each class; or the class
+folders alone, of which a share is kept for validation; or a folder that `save_to_disk` wrote; or a name on the Hub.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextImageProcessor,
+    TrainingArguments,
+    ViTImageProcessor,
+    set_seed,
+)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+
+from clusterformer_hf import ClusterFormerConfig
+from clusterformer_hf.data import classification as data
+from clusterformer_hf.data.augmentation import (
+    AugmentationArguments,
+    ClassificationCollator,
+    EvalTransform,
+    TrainTransform,
+)
+from clusterformer_hf.metrics.accuracy import ClassificationAccuracy
+from clusterformer_hf.recipes import parse_arguments
+from clusterformer_hf.training import ClusterFormerTrainer, classification_loss, find_checkpoint
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained or evaluated."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from. Without it a new ClusterFormer-Tiny is trained."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model's own code from the Hub."})
+    config_overrides: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Config fields as JSON, for instance \'{"depths": [1, 1, 2, 1], "drop_path_rate": 0.1}\'.'},
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start with a new head where the checkpoint's has other classes."}
+    )
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Image processor, if not the checkpoint's."}
+    )
+    crop_pct: float | None = field(
+        default=None,
+        metadata={
+            "help": "A new image processor resizes the whole picture to a square; with this share it keeps the centre "
+            "of the picture, in its proportions, as is usual for ImageNet (0.875)."
+        },
+    )
+
+    def __post_init__(self):
+        if isinstance(self.config_overrides, str):
+            try:
+                self.config_overrides = json.loads(self.config_overrides)
+            except ValueError as error:
+                raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON: {error}") from error
+        self.config_overrides = self.config_overrides or {}
+
+
+@dataclass
+class DataArguments:
+    """Which pictures it is trained and evaluated on."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A folder of pictures, a folder of `save_to_disk`, or a name on the Hub."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of the classes' training pictures."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Folder of the classes' validation pictures."})
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share for validation where there is no validation split; chosen by --seed."}
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the pictures; found if unset."})
+    label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; found if unset."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many pictures only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many pictures only."})
+    skip_corrupt: bool = field(
+        default=False, metadata={"help": "Leave out files that cannot be read as pictures instead of ending the run."}
+    )
+
+
+def main(args: list[str] | None = None):
+    model_args, data_args, augmentation_args, training_args = parse_arguments(
+        (ModelArguments, DataArguments, AugmentationArguments, TrainingArguments), args
+    )
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s",
+        level=logging.INFO if training_args.should_log else logging.WARNING,
+    )
+    if not training_args.do_train and not training_args.do_eval:
+        raise ValueError("There is nothing to do: pass --do_train, --do_eval or both.")
+    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    # The examples hold no column that Trainer needs to remove, and evaluation keeps no logits.
+    training_args.remove_unused_columns = False
+    training_args.batch_eval_metrics = True
+    set_seed(training_args.seed)
+
+    with training_args.main_process_first(desc="reading the pictures"):
+        splits, skipped = load_splits(data_args, training_args)
+    class_names = next(iter(splits.values())).features["label"].names
+    model, class_ids = load_model(model_args, class_names, training_args.do_train)
+    image_processor = load_image_processor(model_args, model.config)
+
+    train_dataset = eval_dataset = None
+    if "train" in splits:
+        train_transform = TrainTransform(image_processor, augmentation_args)
+        train_dataset = data.ImageClassificationDataset(
+            splits["train"], train_transform, class_ids, seed=training_args.seed
+        )
+    if "validation" in splits:
+        eval_dataset = data.ImageClassificationDataset(splits["validation"], EvalTransform(image_processor), class_ids)
+
+    trainer = ClusterFormerTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=ClassificationCollator(model.config.num_labels, augmentation_args),
+        compute_loss_func=classification_loss(training_args.label_smoothing_factor),
+        compute_metrics=ClassificationAccuracy(),
+        processing_class=image_processor,
+    )
+
+    if training_args.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        metrics |= {"train_samples": len(train_dataset), "skipped_files": len(skipped)}
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+
+    if training_args.do_eval:
+        metrics = trainer.evaluate() | {"eval_samples": len(eval_dataset)}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    if training_args.do_train:
+        source = data_args.dataset_name or data_args.train_dir
+        card = {
+            "tasks": "image-classification",
+            "tags": ["image-classification", "vision", "clusterformer"],
+            "dataset": Path(source).name if Path(source).is_dir() else source,
+            "dataset_tags": "imagefolder" if Path(source).is_dir() else source,
+            "settings": asdict(augmentation_args),
+            **card_paragraphs(model_args, model, splits, class_names, skipped),
+        }
+        trainer.push_to_hub(**card) if training_args.push_to_hub else trainer.create_model_card(**card)
+
+
+def load_splits(data_args: DataArguments, training_args: TrainingArguments):
+    """The pictures and labels that are used, checked, and a line for each file that was left out."""
+    splits, unread = data.load_pictures(
+        data_args.dataset_name, data_args.dataset_config_name, data_args.train_dir, data_args.validation_dir
+    )
+    splits = data.pick_columns(splits, data_args.image_column_name, data_args.label_column_name)
+    for split, rows in splits.items():
+        data.check_labels(rows, split, need_all_classes=split == "train")
+    if "validation" not in splits and data_args.train_val_split:
+        splits = data.split_off_validation(splits, data_args.train_val_split, training_args.seed)
+
+    limits = {}
+    if training_args.do_train:
+        limits["train"] = data_args.max_train_samples
+    if training_args.do_eval or training_args.eval_strategy != "no":
+        limits["validation"] = data_args.max_eval_samples
+    for split, limit in limits.items():
+        if split not in splits:
+            raise ValueError(f"There is no {split} split in {data_args}.")
+        if limit is not None:
+            splits[split] = splits[split].shuffle(seed=training_args.seed).select(range(min(limit, len(splits[split]))))
+    splits = data.DatasetDict({split: splits[split] for split in limits})
+    return data.drop_corrupt(
+        splits, unread, data_args.skip_corrupt, num_proc=training_args.dataloader_num_workers or None
+    )
+
+
+def load_model(model_args: ModelArguments, class_names: list[str], do_train: bool):
+    """The model for these classes, and the id that it knows each class by."""
+    if model_args.model_name_or_path is None:
+        config, loading = ClusterFormerConfig(), {}
+    else:
+        loading = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path, **loading)
+    if model_args.config_overrides:
+        unknown = [name for name in model_args.config_overrides if not hasattr(config, name)]
+        if unknown:
+            raise ValueError(f"--config_overrides: {', '.join(unknown)} is no field of {type(config).__name__}.")
+        # Made anew, so that the fields are checked against each other.
+        config = type(config).from_dict(config.to_dict() | model_args.config_overrides)
+
+    if do_train and set(class_names) != set(config.label2id):
+        config.label2id = {name: label for label, name in enumerate(class_names)}
+        config.id2label = dict(enumerate(class_names))
+    class_ids = data.match_classes(class_names, config.label2id)
+
+    if model_args.model_name_or_path is None:
+        return AutoModelForImageClassification.from_config(config), class_ids
+    model, report = AutoModelForImageClassification.from_pretrained(
+        model_args.model_name_or_path,
+        config=config,
+        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+        output_loading_info=True,
+        **loading,
+    )
+    new = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if new:
+        logger.warning(f"Newly initialised, not from {model_args.model_name_or_path}: {', '.join(new)}.")
+    return model, class_ids
+
+
+def load_image_processor(model_args: ModelArguments, config):
+    name = model_args.image_processor_name or model_args.model_name_or_path
+    if name is not None:
+        try:
+            return AutoImageProcessor.from_pretrained(name, trust_remote_code=model_args.trust_remote_code)
+        except OSError:
+            if model_args.image_processor_name is not None:
+                raise
+            logger.warning(f"{name} has no image processor; a new one is made for {config.image_size} pixels.")
+    normalise = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    normalise["resample"] = PILImageResampling.BICUBIC
+    size = config.image_size
+    if model_args.crop_pct is None:
+        height, width = (size, size) if isinstance(size, int) else size
+        return ViTImageProcessor(size={"height": height, "width": width}, **normalise)
+    if not isinstance(size, int):
+        raise ValueError(f"--crop_pct {model_args.crop_pct} needs a square image_size, got {size}.")
+    return ConvNextImageProcessor(size={"shortest_edge": size}, crop_pct=model_args.crop_pct, **normalise)
+
+
+def card_paragraphs(model_args, model, splits, class_names: list[str], skipped: list[str]) -> dict[str, str]:
+    """What the model card says beside the measured numbers."""
+    origin = f"fine-tuned from `{model_args.model_name_or_path}`" if model_args.model_name_or_path else "from scratch"
+    counts = ", ".join(f"{split} {len(rows):,} pictures" for split, rows in splits.items())
+    left_out = f" {len(skipped)} files that could not be read were left out." if skipped else ""
+    return {
+        "description": f"`{type(model).__name__}` with {model.num_parameters():,} parameters, trained {origin}. "
+        "ClusterFormer: [Clustering As A Universal Visual Learner](https://arxiv.org/abs/2309.13196).",
+        "limits": f"It tells {len(class_names)} classes apart: {', '.join(class_names)}. Pictures of anything else get "
+        "one of them too. The results hold for pictures like those of the evaluation set.",
+        "data": f"Number of pictures: {counts}.{left_out}",
+    }
+
+
+if __name__ == "__main__":
+    main()
