@@ -49,10 +49,10 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install -e ".[dev]"
 	touch $@
 
-# Only what the oldest transformers needs is installed here, the rest is taken from the main environment.
+# Holds the oldest transformers and what it needs; the rest, pip included, comes from the main environment.
 $(OLDEST_INSTALLED): $(INSTALLED) Makefile
-	$(BIN)/python -m venv --clear $(OLDEST_VENV)
+	$(BIN)/python -m venv --clear --without-pip $(OLDEST_VENV)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c $(PURELIB))')" \
 		> "$$($(OLDEST_VENV)/bin/python -c $(PURELIB))/main_environment.pth"
-	$(OLDEST_VENV)/bin/pip install $(OLDEST)
+	$(OLDEST_VENV)/bin/python -m pip install $(OLDEST)
 	touch $@
