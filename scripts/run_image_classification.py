@@ -195,7 +195,7 @@ def load_splits(data_args: DataArguments, training_args: TrainingArguments):
     limits = {}
     if training_args.do_train:
         limits["train"] = data_args.max_train_samples
-    if training_args.do_eval or training_args.eval_strategy != "no":
+    if training_args.do_eval:
         limits["validation"] = data_args.max_eval_samples
     for split, limit in limits.items():
         if split not in splits:
@@ -222,9 +222,9 @@ def load_model(model_args: ModelArguments, class_names: list[str], do_train: boo
         # Made anew, so that the fields are checked against each other.
         config = type(config).from_dict(config.to_dict() | model_args.config_overrides)
 
-    if do_train and set(class_names) != set(config.label2id):
-        config.label2id = {name: label for label, name in enumerate(class_names)}
+    if do_train and set(class_names) != set(config.id2label.values()):
         config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: label for label, name in config.id2label.items()}
     class_ids = data.match_classes(class_names, config.label2id)
 
     if model_args.model_name_or_path is None:
