@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
+from clusterformer_hf.data.classification import ImageClassificationDataset
 from clusterformer_hf.metrics.accuracy import ClassificationAccuracy
 from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import checkpoint_problem, classification_loss, find_checkpoint
@@ -438,13 +439,22 @@ def killed(pictures, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number, complete", [(0, 2), (1, 6)], ids=["in_an_epoch", "at_its_end"])
-def test_run_killed_while_a_checkpoint_is_written(number, complete, killed, pictures, uninterrupted, caplog):
+@pytest.mark.parametrize(
+    "number, complete, epochs", [(0, 2, [0, 1, 2]), (1, 6, [2])], ids=["in_an_epoch", "at_its_end"]
+)
+def test_run_killed_while_a_checkpoint_is_written(
+    number, complete, epochs, killed, pictures, uninterrupted, caplog, monkeypatch
+):
     output_dir, incomplete = killed / str(number), KILLED_INSIDE[number].split("/")[0]
     assert checkpoint_problem(output_dir / incomplete) is not None
     assert find_checkpoint("true", str(output_dir)) == str(output_dir / f"checkpoint-{complete}")
     assert f"Skipping the incomplete checkpoint {output_dir / incomplete}: trainer_state.json is" in caplog.text
+    seen, set_epoch = [], ImageClassificationDataset.set_epoch
+    monkeypatch.setattr(
+        ImageClassificationDataset, "set_epoch", lambda self, epoch: (seen.append(epoch), set_epoch(self, epoch))
+    )
     main([*command(pictures, output_dir, *LONG_RUN, config=RANDOM), "--resume_from_checkpoint=true"])
+    assert seen == epochs
     assert_same_run(output_dir, uninterrupted)
 
 
