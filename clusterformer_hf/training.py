@@ -98,7 +98,7 @@ class ClusterFormerTrainer(Trainer):
 
 
 class SetEpochCallback(TrainerCallback):
-    """Tells the training data set its epoch; accelerate tells shuffling samplers only."""
+    """Tells the training data set its epoch; accelerate does so in a single process only."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, "set_epoch"):
