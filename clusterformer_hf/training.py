@@ -131,6 +131,11 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) 
         `ValueError`: if the given checkpoint is incomplete, or none is complete; says what each lacks.
     """
     if str(resume_from_checkpoint).lower() in ("none", "false"):
+        if sort_checkpoints(output_dir):
+            logger.warning(
+                f"{output_dir} has checkpoints of an earlier run, and this run starts anew. Take another --output_dir, "
+                "or go on with --resume_from_checkpoint true."
+            )
         return None
     if str(resume_from_checkpoint).lower() != "true":
         problem = checkpoint_problem(resume_from_checkpoint)

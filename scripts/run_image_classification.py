@@ -123,7 +123,9 @@ def main(args: list[str] | None = None):
     )
     if not training_args.do_train and not training_args.do_eval:
         raise ValueError("There is nothing to do: pass --do_train, --do_eval or both.")
-    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    checkpoint = None
+    if training_args.do_train:
+        checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
     # The examples hold no column that Trainer needs to remove, and evaluation keeps no logits.
     training_args.remove_unused_columns = False
     training_args.batch_eval_metrics = True
@@ -243,14 +245,18 @@ def load_model(model_args: ModelArguments, class_names: list[str], do_train: boo
 
 
 def load_image_processor(model_args: ModelArguments, config):
-    name = model_args.image_processor_name or model_args.model_name_or_path
-    if name is not None:
+    """The image processor that was named, else the checkpoint's if it has one, else a new one for `image_size`."""
+    if model_args.image_processor_name is not None:
+        return AutoImageProcessor.from_pretrained(model_args.image_processor_name)
+    if model_args.model_name_or_path is not None:
         try:
-            return AutoImageProcessor.from_pretrained(name, trust_remote_code=model_args.trust_remote_code)
+            return AutoImageProcessor.from_pretrained(
+                model_args.model_name_or_path,
+                revision=model_args.model_revision,
+                trust_remote_code=model_args.trust_remote_code,
+            )
         except OSError:
-            if model_args.image_processor_name is not None:
-                raise
-            logger.warning(f"{name} has no image processor; a new one is made for {config.image_size} pixels.")
+            logger.warning(f"{model_args.model_name_or_path} has no image processor; a new one is made.")
     normalise = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     normalise["resample"] = PILImageResampling.BICUBIC
     size = config.image_size

@@ -262,6 +262,16 @@ def test_saved_datasets(tmp_path):
         pick_columns(splits, "picture", "kind")
 
 
+def test_corrupt_rows_without_a_path(tmp_path):
+    file = io.BytesIO()
+    colours().save(file, format="PNG")
+    content = [{"bytes": content, "path": None} for content in (file.getvalue(), b"junk", file.getvalue())]
+    rows = Dataset.from_dict({"image": content, "label": [0, 0, 1]}).cast_column("image", datasets.Image())
+    splits = pick_columns(DatasetDict(train=rows), None, None)
+    kept, skipped = drop_corrupt(splits, {}, skip_corrupt=True, num_proc=2)
+    assert len(skipped) == 1 and skipped[0].startswith("row 1: not a picture") and kept["train"]["label"][:] == [0, 1]
+
+
 def test_unknown_dataset_name():
     with pytest.raises(
         ValueError, match="--dataset_name nobody/nothing: no such folder here, and from the Hub: .*reach"

@@ -159,7 +159,8 @@ def test_model_card(trained):
 def test_evaluation_alone_gives_the_same_numbers(trained, pictures, tmp_path):
     """On the classes that the model knows, also where the data set has fewer, in another order."""
     flags = ["--do_eval", f"--model_name_or_path={trained}"]
-    main(command(pictures, tmp_path / "out", *flags, "--label_smoothing_factor=0.5"))
+    uneven = "--per_device_eval_batch_size=3"
+    main(command(pictures, tmp_path / "out", *flags, uneven, "--label_smoothing_factor=0.5"))
     for key in ("eval_loss", "eval_accuracy", "eval_top5_accuracy", "eval_samples"):
         assert results(tmp_path / "out")[key] == pytest.approx(results(trained)[key], abs=1e-7)
     assert not (tmp_path / "out" / "README.md").exists()
@@ -216,7 +217,10 @@ def test_recipe_and_flags(pictures, tmp_path):
     recipe = tmp_path / "recipe.json"
     flags = {"dataset_name": str(pictures), "do_train": True, "max_steps": 2, "config_overrides": NANO, "use_cpu": True}
     recipe.write_text(json.dumps(flags | {"output_dir": str(tmp_path / "one"), "report_to": "none"}))
-    main([str(recipe), "--max_steps", "1", "--output_dir", str(tmp_path / "two"), "--crop_pct=0.875"])
+    main(
+        [str(recipe), "--max_steps=1", f"--output_dir={tmp_path / 'two'}", "--crop_pct=0.875", "--max_train_samples=9"]
+    )
+    assert results(tmp_path / "two", "train")["train_samples"] == 9
     assert json.loads((tmp_path / "two" / "trainer_state.json").read_text())["global_step"] == 1
     assert not (tmp_path / "one").exists()
     processor = json.loads((tmp_path / "two" / "preprocessor_config.json").read_text())
@@ -493,7 +497,7 @@ def test_training_data_are_told_the_epoch():
 @pytest.mark.parametrize(
     "name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 )
-def test_damaged_checkpoints_are_found(name, uninterrupted, tmp_path):
+def test_damaged_checkpoints_are_found(name, uninterrupted, tmp_path, caplog):
     for step in (2, 4):
         shutil.copytree(uninterrupted / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     assert find_checkpoint(True, str(tmp_path)) == str(tmp_path / "checkpoint-4")
@@ -506,6 +510,7 @@ def test_damaged_checkpoints_are_found(name, uninterrupted, tmp_path):
     assert "is missing" in checkpoint_problem(path.parent)
     assert find_checkpoint("True", str(tmp_path)) == str(tmp_path / "checkpoint-2")
     assert find_checkpoint(None, str(tmp_path)) is find_checkpoint(False, str(tmp_path)) is None
+    assert "has checkpoints of an earlier run, and this run starts anew" in caplog.text
 
 
 def test_other_models(pictures, tmp_path):
