@@ -20,7 +20,6 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
@@ -119,7 +118,7 @@ class StageGeometry:
 
     def __init__(self, map_size, center_grid, sr_ratio, sizes, like):
         self.map_size, self.ratio = tuple(map_size), sr_ratio
-        self.sample_size = tuple(-(-side // sr_ratio) for side in map_size)
+        self.sample_size = tuple((side - 1) // sr_ratio + 1 for side in map_size)
         self.mask = pixel_mask_from_sizes(sizes, self.map_size)
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.sizes = torch.tensor([self.map_size], device=like.device) if sizes is None else sizes
@@ -135,7 +134,9 @@ class StageGeometry:
             count, side = grid_sizes[:, axis, None], sample_sizes[:, axis, None]
             pooling.append(averaging_matrix(bins, count, side, self.sample_size[axis], dtype))
             centers.append((bins + 0.5).to(dtype) / count)
-            variances.append((0.5 / count.to(dtype)).square().clamp(MIN_EXTENT**2, MAX_EXTENT**2).expand(-1, grid[axis]))
+            variances.append(
+                (0.5 / count.to(dtype)).square().clamp(MIN_EXTENT**2, MAX_EXTENT**2).expand(-1, grid[axis])
+            )
             valid.append(bins < count)
         self.pooling = pooling
         self.mean = grid_of_pairs(*centers)[:, None]  # (1 or batch, 1, K, 2)
@@ -163,12 +164,11 @@ class StageGeometry:
         """Adaptive average pooling of the sampled map to the centre grid: (batch, K, channels)."""
         rows, columns = (matrix.to(sample.dtype) for matrix in self.pooling)
         batch_size, height, width, channels = sample.shape
-        sample = rows @ sample.reshape(batch_size, height, width * channels)
-        sample = columns[:, None] @ sample.reshape(batch_size, -1, width, channels)
-        return sample.flatten(1, 2)
+        sample = (rows @ sample.flatten(2)).reshape(batch_size, rows.shape[1], width, channels)
+        return (columns[:, None] @ sample).flatten(1, 2)
 
     def positions(self, sampled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions of the rows (1 or batch, height) and columns (1 or batch, width) of the sampled or the whole map."""
+        """Positions of the (sampled) map's rows, (1 or batch, height), and columns, (1 or batch, width)."""
         side, step = (self.sample_size, self.ratio) if sampled else (self.map_size, 1)
         sizes = self.sizes.to(self.dtype)
         positions = []
@@ -198,7 +198,9 @@ def pixel_mask_from_sizes(sizes: torch.Tensor | None, map_size: tuple[int, int])
     """Boolean (batch, height, width, 1), true on each image's own area in the top left; `None` for `None`."""
     if sizes is None:
         return None
-    rows, columns = (torch.arange(side, device=sizes.device)[None] < sizes[:, axis, None] for axis, side in enumerate(map_size))
+    rows, columns = (
+        torch.arange(side, device=sizes.device)[None] < sizes[:, axis, None] for axis, side in enumerate(map_size)
+    )
     return (rows[:, :, None] & columns[:, None])[..., None]
 
 
@@ -207,14 +209,14 @@ class ClusterFormerRecurrentClustering(nn.Module):
     Recurrent cross-attention clustering and feature dispatching (Eq. 3, 5 and 6), for each head on its own channels.
 
     A cluster has a feature, a place and an extent: the E-step adds the log of a Gaussian in position to the scaled
-    cosine of query and key, the M-step re-estimates all three. Each M-step divides by the centre's mass. With dot-product
-    logits and no position the loop is known to collapse to identical centres.
+    cosine of query and key, the M-step re-estimates all three and divides by the centre's mass. With dot-product logits
+    and no position the loop is known to collapse to identical centres.
     """
 
     def __init__(self, config: ClusterFormerConfig, stage_idx: int):
         super().__init__()
         dim, self.num_heads = config.hidden_sizes[stage_idx], config.num_attention_heads[stage_idx]
-        head_dim = dim // self.num_heads
+        head_dim = config.head_dims[stage_idx]
         self.num_iterations = config.num_iterations
         self.center_fc1 = nn.Linear(head_dim, head_dim)  # Eq. 5, shared by the heads
         self.center_fc2 = nn.Linear(head_dim, head_dim)

@@ -14,7 +14,6 @@
 """ClusterFormer model configuration."""
 
 from huggingface_hub.dataclasses import strict
-
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -227,13 +226,6 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`head_dim` must be a positive number, or one for each of the {len(self.depths)} stages of "
                 f"`depths={self.depths}`, got head_dim={self.head_dim}."
             )
-        if self.head_dim is None:
-            for size, heads in zip(self.hidden_sizes, self.num_attention_heads):
-                if size % heads != 0:
-                    raise ValueError(
-                        f"Every entry of `hidden_sizes={self.hidden_sizes}` must be a multiple of its entry of "
-                        f"`num_attention_heads={self.num_attention_heads}`: {size} is no multiple of {heads}."
-                    )
 
     @property
     def num_stages(self) -> int:
@@ -241,8 +233,14 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def head_dims(self) -> list[int]:
-        """Channels of a head of each stage."""
+        """Channels of a head of each stage. Raises `ValueError` where heads do not divide the channels."""
         if self.head_dim is None:
+            for size, heads in zip(self.hidden_sizes, self.num_attention_heads):
+                if size % heads != 0:
+                    raise ValueError(
+                        f"Every entry of `hidden_sizes={self.hidden_sizes}` must be a multiple of its entry of "
+                        f"`num_attention_heads={self.num_attention_heads}`: {size} is no multiple of {heads}."
+                    )
             return [size // heads for size, heads in zip(self.hidden_sizes, self.num_attention_heads)]
         return [self.head_dim] * self.num_stages if isinstance(self.head_dim, int) else list(self.head_dim)
 

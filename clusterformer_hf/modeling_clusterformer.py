@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -170,8 +169,7 @@ class ClusterFormerEmbeddings(nn.Module):
             # `where` and not a product: padding may hold anything, NaN too.
             pixels = torch.where(mask[:, None], pixels, pixels.new_zeros(()))
         if self.pad:
-            height, width = pixels.shape[-2:]
-            pixels = F.pad(pixels, (0, -width % self.patch_size, 0, -height % self.patch_size))
+            pixels = F.pad(pixels, (0, self.patch_size - 1, 0, self.patch_size - 1))
         return self.projection(pixels.to(self.projection.weight.dtype))
 
     def check(self, pixel_values: torch.Tensor):
@@ -493,7 +491,9 @@ def check_released_input(config: ClusterFormerConfig, pixel_values: torch.Tensor
     for axis in range(2):
         windows = [as_pair(entry) for entry in config.window_grid]
         strides = [
-            config.patch_size * 2**stage_idx * window[axis] for stage_idx, window in enumerate(windows) if min(window) > 1
+            config.patch_size * 2**stage_idx * window[axis]
+            for stage_idx, window in enumerate(windows)
+            if min(window) > 1
         ]
         multiples.append(math.lcm(*strides))
     if any(side % multiple for side, multiple in zip(sides, multiples)):
@@ -503,7 +503,7 @@ def check_released_input(config: ClusterFormerConfig, pixel_values: torch.Tensor
         )
     if sizes is not None and not is_tracing(sizes) and (sizes != sizes.new_tensor(sides)).any():
         raise ValueError(
-            f"clustering={config.clustering!r} cannot leave out padded pixels: resize all images of a batch to one size."
+            f"clustering={config.clustering!r} cannot leave out padded pixels: resize a batch to one size."
         )
 
 
@@ -511,9 +511,9 @@ class ClusterFormerModel(ClusterFormerPreTrainedModel):
     """
     The ClusterFormer encoder without a head on top.
 
-    `pooler_output` reads the last stage's centres, each normed and weighted by its mass. Since the assignments of a pixel
-    sum to one, this sum over the centres equals the mean over the pixels whatever the assignments, and is computed so:
-    the read-out loses nothing, and a linear head's output splits into one share for each cluster.
+    `pooler_output` reads the last stage's centres, each normed and weighted by its mass. Since the assignments of a
+    pixel sum to one, this sum over the centres equals the mean over the pixels whatever the assignments, and is so
+    computed: the read-out loses nothing, and a linear head's output splits into one share for each cluster.
     """
 
     def __init__(self, config: ClusterFormerConfig, add_pooling_layer: bool = True):
@@ -522,10 +522,9 @@ class ClusterFormerModel(ClusterFormerPreTrainedModel):
         self.encoder = ClusterFormerEncoder(config)
         self.hidden_states_norms = None
         if add_pooling_layer:
-            first = config.num_stages - 1 if config.classifier_pooling == "centers" else 0
-            self.hidden_states_norms = nn.ModuleDict(
-                {f"stage{idx + 1}": stage_norm(config, config.hidden_sizes[idx]) for idx in range(first, config.num_stages)}
-            )
+            stages = list(zip(config.stage_names[1:], config.hidden_sizes))
+            stages = stages[-1:] if config.classifier_pooling == "centers" else stages
+            self.hidden_states_norms = nn.ModuleDict({stage: stage_norm(config, size) for stage, size in stages})
         self.post_init()
 
     @can_return_tuple
@@ -635,7 +634,9 @@ class ClusterFormerForImageClassification(ClusterFormerPreTrainedModel):
         pooled = outputs.pooler_output
         if read_stages:
             maps = list(enumerate(outputs.hidden_states))[1:-1]
-            pooled = [self.clusterformer.pool_stage(stage, hidden_state, None) for stage, hidden_state in maps] + [pooled]
+            pooled = [self.clusterformer.pool_stage(stage, hidden_state, None) for stage, hidden_state in maps] + [
+                pooled
+            ]
             pooled = torch.cat(pooled, dim=-1)
         logits = self.classifier(pooled)
 
@@ -679,9 +680,7 @@ class ClusterFormerBackbone(BackboneMixin, ClusterFormerPreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(
-        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None, **kwargs
-    ) -> BackboneOutput:
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None, **kwargs) -> BackboneOutput:
         r"""
         Args:
             pixel_values, pixel_mask: See [`ClusterFormerModel.forward`].

@@ -62,7 +62,9 @@ class Digits(torch.utils.data.Dataset):
     def __init__(self, pixel_values: torch.Tensor, labels: torch.Tensor, train: bool):
         self.pixel_values, self.labels = pixel_values, labels
         # Black, the background, is -1 after normalisation.
-        self.augment = v2.RandomAffine(10, translate=(0.06, 0.06), scale=(0.9, 1.1), fill=-1.0) if train else v2.Identity()
+        self.augment = (
+            v2.RandomAffine(10, translate=(0.06, 0.06), scale=(0.9, 1.1), fill=-1.0) if train else v2.Identity()
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -156,7 +158,9 @@ def print_table(results: dict):
         print(f"{swin['seconds']:.0f} seconds")
     print("\nstage  positions  clusters  entropy / log K  centre cosine  clusters in use")
     for stage in results["stages"]:
-        print("{stage:5d}  {positions:9d}  {clusters:8d}  {entropy:15.2f}  {cosine:13.2f}  {in_use:15.1f}".format(**stage))
+        print(
+            "{stage:5d}  {positions:9d}  {clusters:8d}  {entropy:15.2f}  {cosine:13.2f}  {in_use:15.1f}".format(**stage)
+        )
 
 
 def main():

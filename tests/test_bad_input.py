@@ -40,6 +40,14 @@ def released():
     return ClusterFormerForImageClassification(config)
 
 
+@pytest.mark.parametrize("clustering", ["recurrent", "release"])
+def test_heads_that_do_not_divide_the_channels(clustering):
+    """Told when the model is built: a config may be changed field by field."""
+    config = ClusterFormerConfig(**{**NANO, "hidden_sizes": [8, 16, 24, 33]}, clustering=clustering)
+    with pytest.raises(ValueError, match="33 is no multiple of 2"):
+        ClusterFormerModel(config)
+
+
 def test_no_pixels(model):
     with pytest.raises(ValueError, match="pixel_values"):
         model()

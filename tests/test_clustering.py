@@ -47,7 +47,8 @@ def naive_update(clustering, features, grid, num_iterations):
     heads = clustering.num_heads
     pooled = F.adaptive_avg_pool2d(features.permute(2, 0, 1)[None], grid)[0].flatten(1).T
     positions = torch.tensor(
-        [[(row + 0.5) / height, (col + 0.5) / width] for row in range(height) for col in range(width)], dtype=features.dtype
+        [[(row + 0.5) / height, (col + 0.5) / width] for row in range(height) for col in range(width)],
+        dtype=features.dtype,
     )
     mean = torch.tensor(
         [[(row + 0.5) / grid[0], (col + 0.5) / grid[1]] for row in range(grid[0]) for col in range(grid[1])],
@@ -133,7 +134,9 @@ def test_maximization_survives_an_empty_cluster():
     weights[..., 0] = 1
     weights.requires_grad_()
     positions = torch.tensor([[0.25, 0.75]], dtype=torch.float64)
-    centers, mean, variance = maximization(weights, torch.randn(1, 1, 4, 3).double(), (positions, positions), torch.tensor([[0.5, 0.5]]))
+    centers, mean, variance = maximization(
+        weights, torch.randn(1, 1, 4, 3).double(), (positions, positions), torch.tensor([[0.5, 0.5]])
+    )
     assert centers[0, 0, 1].abs().max() == 0
     (centers.sum() + mean.sum() + variance.sum()).backward()
     assert weights.grad.isfinite().all()

@@ -98,7 +98,9 @@ def rt_detr(backbone_config):
 
 
 @pytest.mark.parametrize(
-    "build, out_features", [(upernet, STAGES), (maskformer, STAGES), (rt_detr, STAGES[1:])], ids=["upernet", "maskformer", "rt_detr"]
+    "build, out_features",
+    [(upernet, STAGES), (maskformer, STAGES), (rt_detr, STAGES[1:])],
+    ids=["upernet", "maskformer", "rt_detr"],
 )
 def test_backbone_in_other_models(build, out_features):
     """Forward and backward of a library model on our backbone; gradients reach the stem."""
