@@ -14,6 +14,8 @@
 """Reading, checking and augmenting pictures."""
 
 import io
+import os
+import shutil
 import struct
 import zlib
 
@@ -201,6 +203,17 @@ def test_separate_folders(tmp_path):
         load_pictures(train_dir=str(root / "nowhere"))
 
 
+def test_linked_class_folders(tmp_path):
+    """A choice of classes by links, each under the link's name."""
+    root = write_folder(tmp_path)
+    (tmp_path / "links").mkdir()
+    for name in ("kitten", "puppy"):
+        os.symlink(root / "train" / {"kitten": "cat", "puppy": "dog"}[name], tmp_path / "links" / name)
+    splits, skipped = read(tmp_path / "links")
+    assert splits["train"].features["label"].names == ["kitten", "puppy"] and len(splits["train"]) == 8
+    assert skipped == []
+
+
 def test_folder_with_metadata(tmp_path):
     """The datasets library's way of naming labels in a table."""
     root = tmp_path / "train"
@@ -233,13 +246,26 @@ def test_all_bad_files_of_a_folder_are_listed(tmp_path):
 
 def test_bad_folders(tmp_path):
     root = write_folder(tmp_path)
-    colours().save(root / "train" / "stray.png")
-    with pytest.raises(ValueError, match="stray.png does not lie directly in a class folder"):
+    strays = [root / "train" / "cat" / "deep" / "1.png", root / "train" / "stray.png"]
+    strays[0].parent.mkdir()
+    for path in strays:
+        colours().save(path)
+    with pytest.raises(ValueError, match=f"Not directly in a class folder of .*train: {strays[0]}, {strays[1]}"):
         read(root)
-    (root / "train" / "stray.png").unlink()
+    shutil.rmtree(strays[0].parent)
+    strays[1].unlink()
+    (root / "train" / "notes.txt").write_text("no picture")
+    (tmp_path / "text" / "cat").mkdir(parents=True)
+    shutil.copy(root / "train" / "notes.txt", tmp_path / "text" / "cat")
+    with pytest.raises(ValueError, match="There are no pictures in .*text"):
+        load_pictures(str(tmp_path / "text"))
+    assert read(root, skip_corrupt=True)[1] == [f"{root}/train/notes.txt: not a picture by its name"]
     (root / "train" / "bird").mkdir()
     with pytest.raises(ValueError, match="bird is empty"):
         read(root)
+    (root / "train" / "bird" / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match="There is no picture in .*train of bird"):
+        read(root, skip_corrupt=True)
     (root / "train" / "bird" / "1.png").write_text("no picture")
     with pytest.raises(ValueError, match="No picture of bird in the train split can be read"):
         read(root, skip_corrupt=True)

@@ -112,21 +112,39 @@ def read_picture_folders(folders: dict[str, Path]) -> tuple[DatasetDict, dict[st
     files are no data. An empty folder is an error.
     """
     files = {split: _files_in(folder) for split, folder in folders.items()}
-    # The folder's own name must not be taken for a pattern.
-    patterns = {split: os.path.join(glob.escape(str(folder.resolve())), "**") for split, folder in folders.items()}
-    splits = load_dataset("imagefolder", data_files=patterns, drop_labels=False)
+    patterns = {split: _patterns(folder) for split, folder in folders.items()}
+    try:
+        splits = load_dataset("imagefolder", data_files=patterns, drop_labels=False)
+    except ValueError as error:
+        raise ValueError(f"There are no pictures in {', '.join(map(str, folders.values()))}: {error}") from error
     unread = {split: [] for split in folders}
     for split, folder in folders.items():
         read = {Path(value["path"]) for value in splits[split].cast_column("image", Image(decode=False))["image"]}
         has_metadata = any(path.name in METADATA_FILES for path in files[split])
         for path in files[split]:
-            if path.name in METADATA_FILES:
-                continue
-            if not has_metadata and len(path.relative_to(folder.resolve()).parts) != 2:
-                raise ValueError(f"{path} does not lie directly in a class folder of {folder}.")
-            if path not in read:
+            if path not in read and path.name not in METADATA_FILES:
                 unread[split].append(f"{path}: not a picture by its name")
+        if not has_metadata:
+            _check_class_folders(folder, read)
     return splits, unread
+
+
+def _patterns(folder: Path) -> list[str]:
+    """For a folder's own files, and one for each folder in it, since "**" follows no links to folders."""
+    entries = [path for path in sorted(folder.resolve().iterdir()) if not path.name.startswith(".")]
+    # Names are no patterns themselves.
+    files = [glob.escape(str(folder.resolve())) + "/*"] if any(path.is_file() for path in entries) else []
+    return files + [glob.escape(str(path)) + "/**" for path in entries if path.is_dir()]
+
+
+def _check_class_folders(folder: Path, pictures: set[Path]) -> None:
+    misplaced = [str(path) for path in sorted(pictures) if len(path.relative_to(folder.resolve()).parts) != 2]
+    if misplaced:
+        raise ValueError(f"Not directly in a class folder of {folder}: {', '.join(misplaced)}.")
+    classes = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    without = sorted(classes - {path.parent.name for path in pictures})
+    if without:
+        raise ValueError(f"There is no picture in {folder} of {', '.join(without)}.")
 
 
 def _files_in(folder: Path) -> list[Path]:
