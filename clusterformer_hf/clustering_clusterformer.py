@@ -302,6 +302,9 @@ class ClusterFormerReleasedClustering(nn.Module):
     The token mixer of the authors' released code, in its October 2023 (`release`) and November 2023 (`release_flash`)
     forms. Both regroup memory rather than space: reshapes without the transpose that their names suggest, which trained
     weights depend on. Computed without any tensor of shape (groups, K, N, d).
+
+    The regrouping makes many centres parallel, so that rounding alone decides between them. The operations therefore
+    keep the released code's order, which chooses the same centres on the same machine.
     """
 
     def __init__(self, config: ClusterFormerConfig, stage_idx: int):
@@ -353,8 +356,8 @@ class ClusterFormerReleasedClustering(nn.Module):
         num_groups, head_dim, rows, columns = centers.shape
         for _ in range(self.num_iterations):
             queries = self.query(centers).reshape(num_groups, rows * columns, head_dim)
-            assignments = (keys @ queries.mT).softmax(dim=-1)
-            centers = (assignments.mT @ values).reshape(num_groups, head_dim, rows, columns)
+            assignments = (queries @ keys.mT).softmax(dim=-2)
+            centers = (assignments @ values).reshape(num_groups, head_dim, rows, columns)
         return centers
 
     def attend(self, centers, keys, values) -> torch.Tensor:
@@ -368,9 +371,9 @@ class ClusterFormerReleasedClustering(nn.Module):
 
     def nearest_center(self, centers, points) -> tuple[torch.Tensor, torch.Tensor]:
         """Sigmoid of the scaled cosine to the most similar centre and its index: (groups, N) each."""
-        cosine = F.normalize(points, dim=1).mT @ F.normalize(centers, dim=1)
-        similarity, nearest = (self.sim_beta + self.sim_alpha * cosine).max(dim=-1)
-        return similarity.sigmoid().to(points.dtype), nearest
+        cosine = F.normalize(centers.mT, dim=-1) @ F.normalize(points.mT, dim=-1).mT
+        similarity, nearest = (self.sim_beta + self.sim_alpha * cosine).sigmoid().max(dim=1)
+        return similarity.to(points.dtype), nearest
 
 
 def aggregate_and_dispatch(similarity, nearest, values, center_features) -> torch.Tensor:
@@ -390,7 +393,8 @@ def aggregate_and_dispatch(similarity, nearest, values, center_features) -> torc
     offset = torch.arange(num_groups, device=nearest.device)[:, None] * num_centers
     index = (nearest + offset).flatten()
     weighted = (values * similarity[..., None]).flatten(0, 1)
-    total = center_features.flatten(0, 1).index_add(0, index, weighted)
+    total = torch.zeros_like(center_features).flatten(0, 1).index_add(0, index, weighted)
+    total = total + center_features.flatten(0, 1)
     count = similarity.new_ones(num_groups * num_centers).index_add(0, index, torch.ones_like(similarity).flatten())
     mean = total.index_select(0, index) / count.index_select(0, index)[:, None]
     return mean.unflatten(0, (num_groups, -1)) * similarity[..., None]
