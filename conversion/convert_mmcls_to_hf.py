@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from mmcls_checkpoint import ReleasedCheckpoint, fields_from_shapes, read_checkpoint
 from mmcls_config import VARIANTS, AuthorsConfig, interpret, read_config_file, read_config_text
@@ -83,8 +83,10 @@ def convert(arguments: ConversionArguments) -> dict:
     output_dir = Path(arguments.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ConversionError(f"--output-dir {output_dir} is a file.")
-    if arguments.push_to_hub is not None:
-        validate_repo_id(arguments.push_to_hub)
+    try:
+        validate_repo_id(arguments.push_to_hub)  # now and not after the work
+    except HFValidationError as error:
+        raise ConversionError(f"--push-to-hub: {error}") from error
     checkpoint = read_checkpoint(arguments.checkpoint)
     fields = fields_from_shapes(checkpoint)
     report = {

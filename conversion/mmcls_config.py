@@ -148,8 +148,9 @@ def merge(base: dict, update: dict) -> dict:
     """`update` over `base`, dicts entry by entry unless they say `_delete_=True`, as the framework does."""
     merged = dict(base)
     for key, value in update.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict) and not value.get("_delete_"):
-            value = merge(base[key], value)
+        if isinstance(value, dict):
+            extends = isinstance(base.get(key), dict) and not value.get("_delete_")
+            value = merge(base[key] if extends else {}, value)
         merged[key] = value
     merged.pop("_delete_", None)
     return merged
