@@ -43,6 +43,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
 from clusterformer_hf.configuration_clusterformer import as_pair
+from clusterformer_hf.modeling_clusterformer import check_released_input
 
 
 # Which the weights do not say.
@@ -251,6 +252,10 @@ def build_config(clustering: str, checkpoint, fields: dict, settings: dict, labe
         # 224, which the released configs say, cannot be cut into their windows: the next larger size that can.
         multiple = size_multiple(config)
         config.image_size = -(-224 // multiple) * multiple
+    try:
+        check_released_input(config, torch.empty(1, 3, *as_pair(config.image_size), device="meta"), None)
+    except ValueError as error:
+        raise ConversionError(f"image_size={config.image_size}: {error}") from error
     return config
 
 
