@@ -136,12 +136,12 @@ def choose_settings(arguments, fields: dict, sources: list[AuthorsConfig], repor
     variant = find_variant(arguments.variant, fields, overrides)
     settings = variant_fields(variant, GEOMETRY) if variant else {}
     origins = dict.fromkeys(settings, f"variant {variant}")
-    for source, name in zip(sources, report["authors_config"]):
+    for source in sources:
         found = dict(source.settings)
         if source.variant is not None and not differences(source.variant, fields, {}):
             found = {**variant_fields(source.variant, GEOMETRY), **found}
         settings.update(found)
-        origins.update(dict.fromkeys(found, name))
+        origins.update(dict.fromkeys(found, source.name))
     settings.update(overrides)
     origins.update(dict.fromkeys(overrides, "--config-overrides"))
     missing = [name for name in GEOMETRY if name not in settings]

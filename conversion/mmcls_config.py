@@ -67,12 +67,14 @@ WITHOUT_EFFECT = ("style", "init_cfg", "pretrained", "img_w", "img_h", "num_clas
 class AuthorsConfig:
     """
     Args:
+        name (`str`): Where it comes from.
         settings (`dict`): Fields of our config.
         variant (`str` or `None`): `"tiny"` or `"small"`, if the backbone is of that registered type.
         image_mean, image_std (`list[float]` or `None`): The normalisation of pixels in [0, 1].
         entries (`dict[str, str]`): What became of each entry.
     """
 
+    name: str
     settings: dict = field(default_factory=dict)
     variant: str | None = None
     image_mean: list[float] | None = None
@@ -173,7 +175,7 @@ def interpret(values: dict, name: str, fields: dict, layout) -> AuthorsConfig:
     backbone = model.get("backbone") if isinstance(model, dict) else None
     if not isinstance(backbone, dict):
         raise ConversionError(f"The config {name} has no readable `model = dict(backbone=dict(...))`.")
-    config = AuthorsConfig()
+    config = AuthorsConfig(name)
     for key, value in backbone.items():
         unreadable = next(find_unreadable(value), None)
         if unreadable is not None:

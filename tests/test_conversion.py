@@ -618,6 +618,17 @@ def test_config_in_the_checkpoint(released, tmp_path, text, settings):
     assert "meta.config" in json.loads((folder / "conversion_report.json").read_text())["authors_config"]
 
 
+def test_config_file_beside_an_unreadable_one_in_the_checkpoint(released, tmp_path):
+    torch.save({"meta": {"config": "?"}, "state_dict": released}, tmp_path / "checkpoint.pth")
+    (tmp_path / "mine.py").write_text("model = dict(backbone=dict(num_clustering=2))")
+    flags = ("--config", str(tmp_path / "mine.py"))
+    overrides = {"center_grid": SMALL["center_grid"], "window_grid": SMALL["window_grid"]}
+    folder = to_hf(tmp_path / "checkpoint.pth", tmp_path / "model", *flags, overrides=overrides)
+    report = json.loads((folder / "conversion_report.json").read_text())
+    assert report["settings"]["num_iterations"] == f"2 ({tmp_path / 'mine.py'})"
+    assert report["authors_config"]["meta.config"].startswith("left out: The config meta.config is no Python")
+
+
 def test_writing_into_an_existing_folder(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("mine")
