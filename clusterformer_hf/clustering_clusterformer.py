@@ -54,15 +54,17 @@ def expectation(keys, queries, place, positions, spatial_weight, center_mask=Non
         logits = logits if center_mask is None else logits + center_mask
     else:
         # The Gaussian is separable: a table of rows and one of columns, exact where its expansion in moments cancels.
+        mean, variance = place
+        weight = -0.5 * spatial_weight / variance
         rows, columns = (
-            -0.5 * spatial_weight * (position[:, None, :, None] - mean[:, :, None]).square() / variance[:, :, None]
-            for position, mean, variance in zip(positions, place[0].unbind(-1), place[1].unbind(-1))
+            (position[:, None, :, None] - mean[:, :, None, :, axis]).square() * weight[:, :, None, :, axis]
+            for axis, position in enumerate(positions)
         )
         rows = rows if center_mask is None else rows + center_mask
-        gaussian = (rows[:, :, :, None] + columns[:, :, None]).expand(*keys.shape[:2], -1, -1, -1)
-        logits = torch.baddbmm(
-            gaussian.flatten(2, 3).flatten(0, 1), keys.flatten(0, 1), queries.flatten(0, 1).mT
-        ).unflatten(0, keys.shape[:2])
+        rows = rows.expand(keys.shape[0], -1, -1, -1)
+        gaussian = (rows[:, :, :, None] + columns[:, :, None]).flatten(2, 3).flatten(0, 1)
+        add_product = torch.baddbmm if gaussian.requires_grad else torch.Tensor.baddbmm_
+        logits = add_product(gaussian, keys.flatten(0, 1), queries.flatten(0, 1).mT).unflatten(0, keys.shape[:2])
     return logits.softmax(dim=-1)
 
 
@@ -82,19 +84,20 @@ def maximization(assignments, values, positions, pixel_extent) -> tuple[torch.Te
         Centres (batch, heads, K, d), means and variances of their positions (batch, heads, K, 2).
     """
     rows, columns = positions
+    positions = rows[:, None, :, None], columns[:, None, :, None]
     grid = assignments.unflatten(2, (rows.shape[-1], columns.shape[-1]))
     marginals = grid.sum(dim=3), grid.sum(dim=2)  # (batch, heads, height, K) and (batch, heads, width, K)
-    mass = marginals[0].sum(dim=2).clamp_min(MIN_MASS)
-    centers = assignments.mT @ values / mass[..., None]
-    means, variances = [], []
-    for marginal, position in zip(marginals, positions):
-        position = position[:, None, :, None]
-        mean = (marginal * position).sum(dim=2) / mass
-        deviation = (position - mean[:, :, None]).square()
-        means.append(mean)
-        variances.append((marginal * deviation).sum(dim=2) / mass)
-    variance = torch.stack(variances, dim=-1) + pixel_extent.square()[:, None, None] / 12
-    return centers, torch.stack(means, dim=-1), variance.clamp(MIN_EXTENT**2, MAX_EXTENT**2)
+    mass = marginals[0].sum(dim=2, keepdim=True).clamp_min(MIN_MASS)
+    centers = assignments.mT @ values / mass.mT
+    mean = weighted_sums(marginals, positions) / mass
+    deviations = ((position - mean[:, :, axis, None]).square() for axis, position in enumerate(positions))
+    variance = weighted_sums(marginals, deviations) / mass + pixel_extent.square()[:, None, :, None] / 12
+    return centers, mean.mT, variance.clamp(MIN_EXTENT**2, MAX_EXTENT**2).mT
+
+
+def weighted_sums(weights, tables) -> torch.Tensor:
+    """Sums of tables of rows and of columns, (batch, heads, side, K) each, under weights: (batch, heads, 2, K)."""
+    return torch.stack([(weight * table).sum(dim=2) for weight, table in zip(weights, tables)], dim=2)
 
 
 def split_heads(features: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -147,6 +150,7 @@ class StageGeometry:
             valid = grid_of_pairs(*valid).all(dim=-1)[:, None, None]  # (batch, 1, 1, K)
             self.center_mask = torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, float("-inf"))
         self.dtype = dtype
+        self.sample_positions = self.positions(sampled=True)
 
     def sample(self, features: torch.Tensor) -> torch.Tensor:
         """Averages (batch, height, width, channels) over the real pixels of each `sr_ratio`-sided cell."""
@@ -243,29 +247,31 @@ class ClusterFormerRecurrentClustering(nn.Module):
     def cluster(self, features, geometry) -> tuple[torch.Tensor, ...]:
         """Centres from the pooled map (Eq. 5), then T E- and M-steps on its sample (Eq. 3)."""
         sample = geometry.sample(features)
-        keys, values = self.key_value(sample.flatten(1, 2)).chunk(2, dim=-1)
-        centers = split_heads(geometry.pool(sample), self.num_heads)
+        keys_values = self.key_value(sample.flatten(1, 2)).unflatten(-1, (2, self.num_heads, -1))
+        centers = split_heads(geometry.pool(sample), self.num_heads).contiguous()
         centers = centers + self.center_fc2(self.activation(self.center_fc1(centers)))
 
         with maybe_autocast(features.device.type, enabled=False):
-            keys, values = self.unit_keys(keys, geometry.dtype), split_heads(values, self.num_heads).to(geometry.dtype)
-            centers, mean, variance = centers.to(geometry.dtype), geometry.mean, geometry.variance
-            positions = geometry.positions(sampled=True)
+            # Contiguous, or the products of every iteration would copy them again.
+            keys, values = keys_values.to(geometry.dtype).permute(2, 0, 3, 1, 4).contiguous().unbind()
+            keys, weights = F.normalize(keys, dim=-1), self.expectation_weights(geometry.dtype)
+            clusters = centers.to(geometry.dtype), geometry.mean, geometry.variance
             for _ in range(self.num_iterations):
-                assignments = self.assign_keys(keys, (centers, mean, variance), positions, geometry, sampled=True)
-                centers, mean, variance = maximization(assignments, values, positions, geometry.sample_extent)
-        return centers, mean, variance
+                assignments = self.assign_keys(keys, clusters, weights, geometry, sampled=True)
+                clusters = maximization(assignments, values, geometry.sample_positions, geometry.sample_extent)
+        return clusters
 
-    def unit_keys(self, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return F.normalize(split_heads(keys, self.num_heads).to(dtype), dim=-1)
+    def expectation_weights(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
+        """Query weight and bias, temperature and spatial weight in the E-step's dtype, which may exceed theirs."""
+        spatial_weight = None if self.spatial_weight is None else F.softplus(self.spatial_weight.to(dtype))
+        return self.query.weight.to(dtype), self.query.bias.to(dtype), self.logit_scale.to(dtype).exp(), spatial_weight
 
-    def assign_keys(self, keys, clusters, positions, geometry, sampled: bool) -> torch.Tensor:
-        """E-step with unit keys; zero at padded pixels. Runs in the keys' dtype, which may exceed the weights'."""
-        centers, mean, variance = clusters
-        queries = F.linear(centers, self.query.weight.to(centers.dtype), self.query.bias.to(centers.dtype))
-        queries = F.normalize(queries, dim=-1) * self.logit_scale.to(centers.dtype).exp()
-        weight = None if self.spatial_weight is None else F.softplus(self.spatial_weight.to(centers.dtype))
-        assignments = expectation(keys, queries, (mean, variance), positions, weight, geometry.center_mask)
+    def assign_keys(self, keys, clusters, weights, geometry, sampled: bool) -> torch.Tensor:
+        """E-step with unit keys; zero at padded pixels."""
+        (centers, *place), (query_weight, query_bias, temperature, spatial_weight) = clusters, weights
+        queries = F.normalize(F.linear(centers, query_weight, query_bias), dim=-1) * temperature
+        positions = geometry.sample_positions if sampled else geometry.positions(sampled=False)
+        assignments = expectation(keys, queries, place, positions, spatial_weight, geometry.center_mask)
         mask = geometry.sample_mask if sampled else geometry.mask
         return assignments if mask is None else assignments * mask.flatten(1, 2)[:, None].to(assignments.dtype)
 
@@ -275,8 +281,8 @@ class ClusterFormerRecurrentClustering(nn.Module):
         weight, bias = self.key_value.weight.chunk(2)[0], self.key_value.bias.chunk(2)[0]
         keys = F.linear(features.flatten(1, 2), weight, bias)
         with maybe_autocast(features.device.type, enabled=False):
-            keys = self.unit_keys(keys, geometry.dtype)
-            return self.assign_keys(keys, clusters, geometry.positions(sampled), geometry, sampled)
+            keys = F.normalize(split_heads(keys, self.num_heads).to(geometry.dtype), dim=-1)
+            return self.assign_keys(keys, clusters, self.expectation_weights(geometry.dtype), geometry, sampled)
 
     def dispatch(self, features: torch.Tensor, centers: torch.Tensor, geometry: StageGeometry) -> torch.Tensor:
         """

@@ -237,9 +237,9 @@ class ClusterFormerLayer(GradientCheckpointingLayer):
         """Maps (batch, channels, height, width), channels last in memory; returns the map and the final clusters."""
         hidden_states = hidden_states.permute(0, 2, 3, 1)
         update, clusters = self.clustering(self.norm1(hidden_states), geometry)
-        hidden_states = hidden_states + self.drop_path(self.layer_scale1 * update)
+        hidden_states = torch.addcmul(hidden_states, self.drop_path(update), self.layer_scale1)
         update = self.mlp(self.norm2(hidden_states))
-        hidden_states = hidden_states + self.drop_path(self.layer_scale2 * update)
+        hidden_states = torch.addcmul(hidden_states, self.drop_path(update), self.layer_scale2)
         return hidden_states.permute(0, 3, 1, 2), clusters
 
     def assign(self, hidden_states, clusters, geometry: StageGeometry, sampled: bool) -> torch.Tensor:
