@@ -13,12 +13,19 @@
 # limitations under the License.
 """ClusterFormer for Hugging Face Transformers. Importing this package registers its Auto classes."""
 
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForObjectDetection,
+)
 
 from .configuration_clusterformer import ClusterFormerConfig
 from .modeling_clusterformer import (
     ClusterFormerBackbone,
     ClusterFormerForImageClassification,
+    ClusterFormerForObjectDetection,
     ClusterFormerModel,
     ClusterFormerPreTrainedModel,
 )
@@ -31,6 +38,7 @@ for auto_class, model_class in (
     (AutoModel, ClusterFormerModel),
     (AutoBackbone, ClusterFormerBackbone),
     (AutoModelForImageClassification, ClusterFormerForImageClassification),
+    (AutoModelForObjectDetection, ClusterFormerForObjectDetection),
 ):
     auto_class.register(ClusterFormerConfig, model_class, exist_ok=True)
     # `save_pretrained` then puts the modelling files next to the weights: the folder loads without this package.
@@ -41,6 +49,7 @@ __all__ = [
     "ClusterFormerBackbone",
     "ClusterFormerConfig",
     "ClusterFormerForImageClassification",
+    "ClusterFormerForObjectDetection",
     "ClusterFormerModel",
     "ClusterFormerPreTrainedModel",
 ]

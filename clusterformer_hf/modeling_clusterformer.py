@@ -39,6 +39,15 @@ from .clustering_clusterformer import (
     split_heads,
 )
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
+from .decoder_clusterformer import (
+    SURPLUS_LOGIT,
+    ClusterFormerBoxDelta,
+    ClusterFormerClassHead,
+    ClusterFormerDecoder,
+    ClusterFormerFeaturePyramid,
+    ClusterFormerPyramidClustering,
+)
+from .loss_clusterformer import check_detection_labels, detection_loss
 
 
 logger = logging.get_logger(__name__)
@@ -85,6 +94,40 @@ class ClusterFormerModelOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     cluster_centers: tuple[torch.FloatTensor, ...] | None = None
     cluster_assignments: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ClusterFormerObjectDetectionOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given): Weighted set loss.
+        loss_dict (`dict[str, torch.FloatTensor]`, *optional*, returned when `labels` is given):
+            The parts of the loss before weighting, see [`detection_loss`].
+        logits (`torch.FloatTensor` of shape `(batch_size, K, num_labels)`):
+            Scores of each centre before a sigmoid; there is no class for "no object".
+        pred_boxes (`torch.FloatTensor` of shape `(batch_size, K, 4)`):
+            Box of each centre as (center_x, center_y, width, height) in [0, 1] of the image's real area.
+        auxiliary_outputs (`list[dict[str, torch.FloatTensor]]`, *optional*, returned when `labels` is given):
+            `logits` and `pred_boxes` of the encoder's centres and of every decoder layer but the last.
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, K, decoder_hidden_size)`): The final centres.
+        hidden_states, cluster_centers, cluster_assignments (*optional*): See [`ClusterFormerModelOutput`]; the latter
+            two are returned when `output_cluster_assignments=True`.
+        decoder_cluster_assignments (`tuple[tuple[torch.FloatTensor]]`, *optional*, returned when
+            `output_cluster_assignments=True`):
+            For each decoder layer and in it for each pyramid level `(batch_size, heads, K, height, width)`: the share
+            of every pixel in every centre. The boxes are read from it.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict[str, torch.FloatTensor] | None = None
+    logits: torch.FloatTensor | None = None
+    pred_boxes: torch.FloatTensor | None = None
+    auxiliary_outputs: list[dict[str, torch.FloatTensor]] | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    cluster_centers: tuple[torch.FloatTensor, ...] | None = None
+    cluster_assignments: tuple[torch.FloatTensor, ...] | None = None
+    decoder_cluster_assignments: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
 
 
 @dataclass
@@ -396,8 +439,12 @@ class ClusterFormerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, ClusterFormerBoxDelta):
+            init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, ClusterFormerClassHead):
+                init.constant_(module.bias, -math.log(99))
         elif isinstance(module, nn.Conv2d):
             # torch's default. The stem's few inputs need more than `initializer_range` (measured on the quickstart).
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -406,7 +453,7 @@ class ClusterFormerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (ClusterFormerLayer, ClusterFormerReleasedLayer)):
             init.constant_(module.layer_scale1, self.config.layer_scale_init_value)
             init.constant_(module.layer_scale2, self.config.layer_scale_init_value)
-        elif isinstance(module, ClusterFormerRecurrentClustering):
+        elif isinstance(module, (ClusterFormerRecurrentClustering, ClusterFormerPyramidClustering)):
             init.constant_(module.logit_scale, math.log(10.0))
             if module.spatial_weight is not None:
                 init.constant_(module.spatial_weight, math.log(math.e - 1))  # softplus gives 1
@@ -663,6 +710,98 @@ class ClusterFormerForImageClassification(ClusterFormerPreTrainedModel):
             )
 
 
+class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
+    """
+    ClusterFormer with a cluster decoder whose boxes are read from the moments of each centre's pixels.
+
+    The last stage's centres are the queries: `config.center_grid[-1]` sets their number K.
+    """
+
+    def __init__(self, config: ClusterFormerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.clusterformer = ClusterFormerModel(config, add_pooling_layer=False)
+        num_levels = min(3, config.num_stages)
+        self.pyramid = ClusterFormerFeaturePyramid(config, num_levels)
+        self.decoder = ClusterFormerDecoder(config, num_levels, predict_boxes=True)
+        self.class_heads = nn.ModuleList(
+            ClusterFormerClassHead(config.decoder_hidden_size, config.num_labels)
+            for _ in range(config.decoder_layers + 1)
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        labels: list[dict[str, torch.Tensor]] | None = None,
+        output_cluster_assignments: bool | None = None,
+        **kwargs,
+    ) -> ClusterFormerObjectDetectionOutput:
+        r"""
+        Args:
+            pixel_values, pixel_mask, output_cluster_assignments: See [`ClusterFormerModel.forward`].
+            labels (`list[dict[str, torch.Tensor]]`, *optional*):
+                For each image `class_labels` (n,) int64 in `[0, num_labels)` and `boxes` (n, 4) as (center_x, center_y,
+                width, height) in [0, 1] of the image's real area. More keys are ignored.
+
+        Raises:
+            `ValueError`: if the labels are of another form, naming the image and the value.
+        """
+        if output_cluster_assignments is None:
+            output_cluster_assignments = getattr(self.config, "output_cluster_assignments", False)
+        output_hidden_states = kwargs.pop("output_hidden_states", None)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = self.clusterformer(
+            pixel_values, pixel_mask, output_cluster_assignments, output_hidden_states=True, **kwargs
+        )
+        maps = outputs.hidden_states[-len(self.pyramid.laterals) :]
+        geometries = self.level_geometries(maps, real_sizes(pixel_mask, pixel_values))
+        levels = self.pyramid(maps, [geometry.mask for geometry in geometries])
+        centers, boxes, assignments = self.decoder(outputs.cluster_centers[-1], levels, geometries)
+        predictions = self.predict(centers, boxes, geometries[-1].center_mask)
+
+        loss, loss_dict, auxiliary_outputs = None, None, None
+        if labels is not None:
+            check_detection_labels(labels, len(pixel_values), self.num_labels)
+            *auxiliary_outputs, final = predictions
+            predictions_used = [final] + (auxiliary_outputs if self.config.auxiliary_loss else [])
+            loss, loss_dict = detection_loss(predictions_used, labels, self.config)
+
+        return ClusterFormerObjectDetectionOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            logits=predictions[-1]["logits"],
+            pred_boxes=predictions[-1]["pred_boxes"],
+            auxiliary_outputs=auxiliary_outputs,
+            last_hidden_state=centers[-1],
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            cluster_centers=outputs.cluster_centers if output_cluster_assignments else None,
+            cluster_assignments=outputs.cluster_assignments,
+        )
+
+    def level_geometries(self, maps: list[torch.Tensor], sizes: torch.Tensor | None) -> list[StageGeometry]:
+        """Positions, padding and, of the last level, the cells of the centres."""
+        geometries = []
+        for i, hidden_states in enumerate(maps, start=self.config.num_stages - len(maps)):
+            level_sizes = map_sizes(sizes, self.config.patch_size * 2**i)
+            grid, ratio = as_pair(self.config.center_grid[i]), self.config.sr_ratios[i]
+            geometries.append(StageGeometry(hidden_states.shape[-2:], grid, ratio, level_sizes, hidden_states))
+        return geometries
+
+    def predict(self, centers, boxes, center_mask) -> list[dict[str, torch.Tensor]]:
+        """`logits` and `pred_boxes` of the encoder's centres and of each layer; surplus centres score lowest."""
+        predictions = []
+        for head, layer_centers, layer_boxes in zip(self.class_heads, centers, boxes):
+            logits = head(layer_centers)
+            if center_mask is not None:
+                logits = logits.masked_fill(center_mask[:, 0].mT != 0, SURPLUS_LOGIT)
+            predictions.append({"logits": logits, "pred_boxes": layer_boxes.to(logits.dtype)})
+        return predictions
+
+
 class ClusterFormerBackbone(BackboneMixin, ClusterFormerPreTrainedModel):
     """ClusterFormer backbone, to be used with frameworks like DETR, MaskFormer and UperNet."""
 
@@ -706,6 +845,7 @@ class ClusterFormerBackbone(BackboneMixin, ClusterFormerPreTrainedModel):
 __all__ = [
     "ClusterFormerBackbone",
     "ClusterFormerForImageClassification",
+    "ClusterFormerForObjectDetection",
     "ClusterFormerModel",
     "ClusterFormerPreTrainedModel",
 ]

@@ -1,0 +1,364 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The cluster decoder of the detection and segmentation models: a feature pyramid, and layers that cluster its pixels.
+
+The encoder's last centres are the decoder's first. A layer assigns the pixels of all levels to the centres and moves
+the centres to their pixels, in feature and position; boxes and masks are read from that assignment.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import maybe_autocast
+
+from .clustering_clusterformer import MAX_EXTENT, MIN_EXTENT, MIN_MASS, StageGeometry, split_heads
+from .configuration_clusterformer import ClusterFormerConfig
+
+
+# Class logits of surplus centres: a score of 4e-9, and a focal loss that stays small where one must be matched.
+SURPLUS_LOGIT = -19.0
+
+
+class ClusterFormerFeaturePyramid(nn.Module):
+    """
+    Feature pyramid (https://arxiv.org/abs/1612.03144): 1x1 laterals, a top-down path, 3x3 smoothing.
+
+    Norms are taken pixel by pixel and the path down repeats pixels: both know nothing of an image's padding.
+    """
+
+    def __init__(self, config: ClusterFormerConfig, num_levels: int):
+        super().__init__()
+        sizes, dim = config.hidden_sizes[-num_levels:], config.decoder_hidden_size
+        self.norms = nn.ModuleList(nn.LayerNorm(size, eps=config.layer_norm_eps) for size in sizes)
+        self.laterals = nn.ModuleList(nn.Linear(size, dim) for size in sizes)
+        self.smoothings = nn.ModuleList(nn.Conv2d(dim, dim, kernel_size=3, padding=1) for _ in sizes)
+
+    def forward(self, hidden_states: list[torch.Tensor], masks: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        """
+        Args:
+            hidden_states (`list[torch.Tensor]`): Maps (batch, channels, height, width), finest first.
+            masks (`list[torch.Tensor]`): Real pixels of each map, (batch, height, width, 1), or `None`.
+
+        Returns:
+            `list[torch.Tensor]` of maps `(batch, decoder_hidden_size, height, width)`, finest first.
+        """
+        merged, levels = None, []
+        for i in reversed(range(len(hidden_states))):
+            lateral = self.laterals[i](self.norms[i](hidden_states[i].permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+            if merged is not None:
+                height, width = lateral.shape[-2:]
+                lateral = lateral + F.interpolate(merged, scale_factor=2.0, mode="nearest")[..., :height, :width]
+            merged = lateral if masks[i] is None else lateral * masks[i].permute(0, 3, 1, 2).to(lateral.dtype)
+            levels.append(self.smoothings[i](merged))
+        return levels[::-1]
+
+
+class PyramidGeometry:
+    """
+    Where the pixels of all levels lie, in [0, 1] of each image's real area, and which are real.
+
+    Args:
+        levels (`list[StageGeometry]`): The levels, finest first.
+    """
+
+    def __init__(self, levels: list[StageGeometry]):
+        self.map_sizes = [level.map_size for level in levels]
+        self.positions = [level.positions(sampled=False) for level in levels]
+        # A pixel's own variance, a twelfth of its squared side, is part of a cluster's, as in the encoder.
+        self.variances = [(1 / level.sizes.to(level.dtype)).square() / 12 for level in levels]
+        self.mask = None  # (batch, 1, N, 1)
+        if levels[0].mask is not None:
+            self.mask = torch.cat([level.mask.flatten(1, 2) for level in levels], dim=1)[:, None]
+
+    def split(self, pixels: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        """Parts the pixels of all levels into maps: (..., N, ...) -> (..., height, width, ...) for each level."""
+        parts = pixels.split([height * width for height, width in self.map_sizes], dim=dim)
+        return [part.unflatten(dim, size) for part, size in zip(parts, self.map_sizes)]
+
+
+class ClusterFormerPyramidEmbeddings(nn.Module):
+    """Embeds where the pixels of a pyramid lie: sines of row and column, and a learned vector for each level."""
+
+    def __init__(self, config: ClusterFormerConfig, num_levels: int):
+        super().__init__()
+        self.position = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size, bias=False)
+        self.level = nn.Embedding(num_levels, config.decoder_hidden_size)
+
+    def forward(self, geometry: PyramidGeometry) -> torch.Tensor:
+        """Returns `(1 or batch, N, decoder_hidden_size)`."""
+        dtype, dim = self.level.weight.dtype, self.level.weight.shape[1]
+        embeddings = []
+        for positions, level in zip(geometry.positions, self.level.weight):
+            rows, columns = (sine_embedding(position, dim // 2).to(dtype) for position in positions)
+            shape = (-1, rows.shape[1], columns.shape[1], -1)
+            grid = torch.cat([rows[:, :, None].expand(shape), columns[:, None].expand(shape)], dim=-1)
+            embeddings.append(self.position(grid.flatten(1, 2)) + level)
+        return torch.cat(embeddings, dim=1)
+
+
+def sine_embedding(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sines and cosines of positions in [0, 1] at wavelengths from 2 down to 2 / 256: (...) -> (..., dim)."""
+    exponents = torch.linspace(0, 8, dim // 2, device=positions.device, dtype=positions.dtype)
+    angles = positions[..., None] * math.pi * 2.0**exponents
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class ClusterFormerPyramidClustering(nn.Module):
+    """
+    Recurrent cross-attention clustering (Eq. 3) of a pyramid's pixels, in feature and position as in the encoder. The
+    pixels of all levels are clustered together; one of a coarse level counts as one.
+    """
+
+    def __init__(self, config: ClusterFormerConfig):
+        super().__init__()
+        dim, self.num_heads = config.decoder_hidden_size, config.decoder_attention_heads
+        head_dim = dim // self.num_heads
+        self.num_iterations = config.decoder_num_iterations
+        self.center = nn.Linear(dim, dim)
+        self.query = nn.Linear(head_dim, head_dim)  # shared by the heads and the iterations
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.projection = nn.Linear(dim, dim)
+        self.logit_scale = nn.Parameter(torch.empty(self.num_heads, 1, 1))  # log of the temperature
+        self.spatial_weight = nn.Parameter(torch.empty(self.num_heads, 1, 1))
+
+    def forward(
+        self, centers, mean, variance, features, embeddings, geometry: PyramidGeometry, center_mask=None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            centers (`torch.Tensor` of shape `(batch, K, dim)`): Centres with the embedding of their place.
+            mean, variance (`torch.Tensor` of shape `(batch, K, 2)`): Of their positions in [0, 1], rows first.
+            features (`torch.Tensor` of shape `(batch, N, dim)`): Pixels of all levels.
+            embeddings (`torch.Tensor` of shape `(1 or batch, N, dim)`): Of the pixels' positions and levels.
+            geometry (`PyramidGeometry`): Positions and mask of the pixels.
+            center_mask (`torch.Tensor` of shape `(batch, 1, 1, K)`, *optional*): 0 at centres, -inf at surplus ones.
+
+        Returns:
+            The centres' update (batch, K, dim), the mean and variance of all heads' pixels (batch, K, 2) and the last
+            assignments (batch, heads, N, K), whose sum over K is 1 at real pixels and 0 at padded ones.
+        """
+        keys = split_heads(self.key(features + embeddings), self.num_heads)
+        values = split_heads(self.value(features), self.num_heads)
+        centers = split_heads(self.center(centers), self.num_heads)
+        with maybe_autocast(keys.device.type, enabled=False):
+            dtype = torch.promote_types(keys.dtype, torch.float32)
+            keys, values, centers = F.normalize(keys.to(dtype), dim=-1), values.to(dtype), centers.to(dtype)
+            mean, variance = mean[:, None].to(dtype), variance[:, None].to(dtype)
+            for _ in range(self.num_iterations):
+                assignments = self.expectation(keys, centers, mean, variance, geometry, center_mask)
+                centers, mass, mean, variance = maximization(assignments, values, geometry)
+            mean, variance = mixture_moments(mass, mean, variance)
+        update = centers.transpose(1, 2).flatten(2).to(features.dtype)
+        return self.projection(update), mean, variance, assignments
+
+    def expectation(self, keys, centers, mean, variance, geometry, center_mask) -> torch.Tensor:
+        """E-step: cosine of unit keys and queries and the log of a Gaussian in position, softmax over the centres."""
+        queries = F.linear(centers, self.query.weight.to(keys.dtype), self.query.bias.to(keys.dtype))
+        queries = F.normalize(queries, dim=-1) * self.logit_scale.to(keys.dtype).exp()
+        weight = -0.5 * F.softplus(self.spatial_weight.to(keys.dtype))[..., None] / variance[:, :, None]
+        gaussians = []
+        for positions in geometry.positions:
+            rows, columns = (
+                (position[:, None, :, None] - mean[:, :, None, :, axis]).square() * weight[..., axis]
+                for axis, position in enumerate(positions)
+            )
+            rows = rows if center_mask is None else rows + center_mask
+            gaussians.append((rows[:, :, :, None] + columns[:, :, None]).flatten(2, 3))
+        gaussian = torch.cat(gaussians, dim=2).flatten(0, 1)
+        logits = torch.baddbmm(gaussian, keys.flatten(0, 1), queries.flatten(0, 1).mT)
+        assignments = logits.softmax(dim=-1).unflatten(0, keys.shape[:2])
+        return assignments if geometry.mask is None else assignments * geometry.mask.to(assignments.dtype)
+
+
+def maximization(assignments, values, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:
+    """
+    M-step over all levels: means of the pixels' values and positions under `assignments`.
+
+    Args:
+        assignments (`torch.Tensor` of shape `(batch, heads, N, K)`): 0 at padded pixels.
+        values (`torch.Tensor` of shape `(batch, heads, N, d)`).
+
+    Returns:
+        Centres (batch, heads, K, d), their masses (batch, heads, K, 1), means and variances of their positions
+        (batch, heads, K, 2).
+    """
+    grids = geometry.split(assignments, dim=2)
+    mass = assignments.sum(dim=2).clamp_min(MIN_MASS)
+    means, variances = [], []
+    for axis in range(2):
+        # Separable: sums over the other side first.
+        marginals = [grid.sum(dim=3 - axis) for grid in grids]
+        positions = [level[axis][:, None, :, None] for level in geometry.positions]
+        mean = sum((m * p).sum(dim=2) for m, p in zip(marginals, positions)) / mass
+        spread = 0
+        for marginal, position, variance in zip(marginals, positions, geometry.variances):
+            deviation = (position - mean[:, :, None]).square() + variance[:, axis, None, None, None]
+            spread = spread + (marginal * deviation).sum(dim=2)
+        means.append(mean)
+        variances.append(spread / mass)
+    variance = torch.stack(variances, dim=-1).clamp(MIN_EXTENT**2, MAX_EXTENT**2)
+    return assignments.mT @ values / mass[..., None], mass[..., None], torch.stack(means, dim=-1), variance
+
+
+def mixture_moments(mass, mean, variance) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of position of all heads' pixels together, (batch, K, 2) each."""
+    share = mass / mass.sum(dim=1, keepdim=True)
+    total_mean = (share * mean).sum(dim=1)
+    total_variance = (share * (variance + (mean - total_mean[:, None]).square())).sum(dim=1)
+    return total_mean, total_variance
+
+
+class ClusterFormerCenterAttention(nn.Module):
+    """Self-attention among the centres."""
+
+    def __init__(self, config: ClusterFormerConfig):
+        super().__init__()
+        dim, self.num_heads = config.decoder_hidden_size, config.decoder_attention_heads
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.projection = nn.Linear(dim, dim)
+
+    def forward(self, centers, embeddings, center_mask=None) -> torch.Tensor:
+        """Centres and embeddings of their places, (batch, K, dim) each; returns the centres' update."""
+        placed = centers + embeddings
+        queries, keys = split_heads(self.query(placed), self.num_heads), split_heads(self.key(placed), self.num_heads)
+        values = split_heads(self.value(centers), self.num_heads)
+        mask = None if center_mask is None else center_mask.to(queries.dtype)
+        update = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.projection(update.transpose(1, 2).flatten(2))
+
+
+class ClusterFormerDecoderLayer(GradientCheckpointingLayer):
+    """Clustering of the pixels, self-attention among the centres and a feed-forward network, a norm after each."""
+
+    def __init__(self, config: ClusterFormerConfig):
+        super().__init__()
+        dim = config.decoder_hidden_size
+        self.clustering = ClusterFormerPyramidClustering(config)
+        self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.attention = ClusterFormerCenterAttention(config)
+        self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(dim, config.decoder_ffn_dim)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.decoder_ffn_dim, dim)
+        self.norm3 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+
+    def forward(
+        self, centers, center_embeddings, mean, variance, features, embeddings, geometry, center_mask=None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See [`ClusterFormerPyramidClustering.forward`]; returns the centres in place of their update."""
+        update, mean, variance, assignments = self.clustering(
+            centers + center_embeddings, mean, variance, features, embeddings, geometry, center_mask
+        )
+        centers = self.norm1(centers + update)
+        centers = self.norm2(centers + self.attention(centers, center_embeddings, center_mask))
+        centers = self.norm3(centers + self.fc2(self.activation(self.fc1(centers))))
+        return centers, mean, variance, assignments
+
+
+class ClusterFormerBoxDelta(nn.Linear):
+    """Last layer of a box head. Starts at zero: the first boxes are the moments."""
+
+
+class ClusterFormerClassHead(nn.Linear):
+    """Class logits for a sigmoid; starts at a probability of 0.01, as the focal loss wants."""
+
+
+class ClusterFormerBoxHead(nn.Module):
+    """The box of a centre: read from the moments of its pixels and refined by an MLP in logit space."""
+
+    def __init__(self, config: ClusterFormerConfig):
+        super().__init__()
+        dim = config.decoder_hidden_size
+        self.fc1 = nn.Linear(dim, dim)
+        self.fc2 = nn.Linear(dim, dim)
+        self.activation = nn.ReLU()
+        self.delta = ClusterFormerBoxDelta(dim, 4)
+
+    def forward(self, centers, mean, variance) -> torch.Tensor:
+        """Centres (batch, K, dim), moments (batch, K, 2); returns (batch, K, 4) of cx, cy, w, h in [0, 1]."""
+        delta = self.delta(self.activation(self.fc2(self.activation(self.fc1(centers)))))
+        base = moments_to_boxes(mean, variance).clamp(1e-3, 1 - 1e-3)
+        return (base.logit() + delta.to(base.dtype)).sigmoid()
+
+
+def moments_to_boxes(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """The box with these moments if filled evenly: (..., 2) each, rows first -> (..., 4) of cx, cy, w, h."""
+    return torch.cat([mean.flip(-1), (12 * variance).sqrt().flip(-1)], dim=-1)
+
+
+def boxes_to_moments(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of position, (..., 2) each, of evenly filled boxes (..., 4), the extent in its bounds."""
+    center, size = boxes.flip(-1).split(2, dim=-1)[::-1]
+    return center, (size.square() / 12).clamp(MIN_EXTENT**2, MAX_EXTENT**2)
+
+
+class ClusterFormerDecoder(nn.Module):
+    """
+    Clusters a pyramid's pixels layer by layer, starting from the encoder's last centres at the cells that these were
+    pooled from. With `predict_boxes` every layer starts from the boxes of the layer before, else from its moments.
+    """
+
+    def __init__(self, config: ClusterFormerConfig, num_levels: int, predict_boxes: bool):
+        super().__init__()
+        dim = config.decoder_hidden_size
+        self.embeddings = ClusterFormerPyramidEmbeddings(config, num_levels)
+        self.center_norm = nn.LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps)
+        self.center_projection = nn.Linear(config.hidden_sizes[-1], dim)
+        self.place_fc1 = nn.Linear(4, dim)
+        self.place_fc2 = nn.Linear(dim, dim)
+        self.activation = ACT2FN[config.hidden_act]
+        self.layers = nn.ModuleList(ClusterFormerDecoderLayer(config) for _ in range(config.decoder_layers))
+        num_heads = config.decoder_layers + 1 if predict_boxes else 0
+        self.box_heads = nn.ModuleList(ClusterFormerBoxHead(config) for _ in range(num_heads))
+
+    def forward(self, cluster_centers, levels: list[torch.Tensor], geometries: list[StageGeometry]) -> tuple:
+        """
+        Args:
+            cluster_centers (`torch.Tensor` of shape `(batch, K, channels)`): The encoder's last centres.
+            levels (`list[torch.Tensor]`): Maps (batch, dim, height, width), finest first.
+            geometries (`list[StageGeometry]`): The levels' geometries; the last has the cells of the centres.
+
+        Returns:
+            For the start and then each layer: the centres (batch, K, dim), the boxes (batch, K, 4) as cx, cy, w, h in
+            [0, 1]. For each layer: the assignments (batch, heads, N, K).
+        """
+        geometry, start = PyramidGeometry(geometries), geometries[-1]
+        features = torch.cat([level.flatten(2).mT for level in levels], dim=1)
+        embeddings = self.embeddings(geometry)
+        centers = self.center_projection(self.center_norm(cluster_centers))
+        mean, variance = (tensor[:, 0].expand(len(centers), -1, -1) for tensor in (start.mean, start.variance))
+
+        all_centers, all_boxes, all_assignments = (centers,), (self.read_boxes(0, centers, mean, variance),), ()
+        for i, layer in enumerate(self.layers):
+            place = all_boxes[-1].detach()
+            mean, variance = boxes_to_moments(place)
+            place_embeddings = self.place_fc2(self.activation(self.place_fc1(place.to(centers.dtype))))
+            centers, mean, variance, assignments = layer(
+                centers, place_embeddings, mean, variance, features, embeddings, geometry, start.center_mask
+            )
+            all_centers += (centers,)
+            all_boxes += (self.read_boxes(i + 1, centers, mean, variance),)
+            all_assignments += (assignments,)
+        return all_centers, all_boxes, all_assignments
+
+    def read_boxes(self, i: int, centers, mean, variance) -> torch.Tensor:
+        return self.box_heads[i](centers, mean, variance) if self.box_heads else moments_to_boxes(mean, variance)
