@@ -46,6 +46,7 @@ from .decoder_clusterformer import (
     ClusterFormerDecoder,
     ClusterFormerFeaturePyramid,
     ClusterFormerPyramidClustering,
+    PyramidGeometry,
 )
 from .loss_clusterformer import check_detection_labels, detection_loss
 
@@ -114,8 +115,9 @@ class ClusterFormerObjectDetectionOutput(ModelOutput):
             two are returned when `output_cluster_assignments=True`.
         decoder_cluster_assignments (`tuple[tuple[torch.FloatTensor]]`, *optional*, returned when
             `output_cluster_assignments=True`):
-            For each decoder layer and in it for each pyramid level `(batch_size, heads, K, height, width)`: the share
-            of every pixel in every centre. The boxes are read from it.
+            For each decoder layer and in it for each pyramid level, finest first, `(batch_size, heads, K, height,
+            width)`: the share of every pixel in every centre. Sums to 1 over K at real pixels and is 0 at padded ones.
+            The boxes are read from it.
     """
 
     loss: torch.FloatTensor | None = None
@@ -770,6 +772,11 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
             predictions_used = [final] + (auxiliary_outputs if self.config.auxiliary_loss else [])
             loss, loss_dict = detection_loss(predictions_used, labels, self.config)
 
+        decoder_cluster_assignments = None
+        if output_cluster_assignments:
+            geometry = PyramidGeometry(geometries)
+            decoder_cluster_assignments = tuple(tuple(geometry.split(layer.mT, dim=3)) for layer in assignments)
+
         return ClusterFormerObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
@@ -780,6 +787,7 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
             hidden_states=outputs.hidden_states if output_hidden_states else None,
             cluster_centers=outputs.cluster_centers if output_cluster_assignments else None,
             cluster_assignments=outputs.cluster_assignments,
+            decoder_cluster_assignments=decoder_cluster_assignments,
         )
 
     def level_geometries(self, maps: list[torch.Tensor], sizes: torch.Tensor | None) -> list[StageGeometry]:
