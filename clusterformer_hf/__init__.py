@@ -19,6 +19,8 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForObjectDetection,
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
 )
 
 from .configuration_clusterformer import ClusterFormerConfig
@@ -26,6 +28,8 @@ from .modeling_clusterformer import (
     ClusterFormerBackbone,
     ClusterFormerForImageClassification,
     ClusterFormerForObjectDetection,
+    ClusterFormerForSemanticSegmentation,
+    ClusterFormerForUniversalSegmentation,
     ClusterFormerModel,
     ClusterFormerPreTrainedModel,
 )
@@ -39,6 +43,8 @@ for auto_class, model_class in (
     (AutoBackbone, ClusterFormerBackbone),
     (AutoModelForImageClassification, ClusterFormerForImageClassification),
     (AutoModelForObjectDetection, ClusterFormerForObjectDetection),
+    (AutoModelForSemanticSegmentation, ClusterFormerForSemanticSegmentation),
+    (AutoModelForUniversalSegmentation, ClusterFormerForUniversalSegmentation),
 ):
     auto_class.register(ClusterFormerConfig, model_class, exist_ok=True)
     # `save_pretrained` then puts the modelling files next to the weights: the folder loads without this package.
@@ -50,6 +56,8 @@ __all__ = [
     "ClusterFormerConfig",
     "ClusterFormerForImageClassification",
     "ClusterFormerForObjectDetection",
+    "ClusterFormerForSemanticSegmentation",
+    "ClusterFormerForUniversalSegmentation",
     "ClusterFormerModel",
     "ClusterFormerPreTrainedModel",
 ]

@@ -19,6 +19,7 @@ the centres to their pixels, in feature and position; boxes and masks are read f
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import maybe_autocast
 
 from .clustering_clusterformer import MAX_EXTENT, MIN_EXTENT, MIN_MASS, StageGeometry, split_heads
-from .configuration_clusterformer import ClusterFormerConfig
+from .configuration_clusterformer import ClusterFormerConfig, as_pair
 
 
 # Class logits of surplus centres: a score of 4e-9, and a focal loss that stays small where one must be matched.
@@ -42,30 +43,32 @@ class ClusterFormerFeaturePyramid(nn.Module):
     Norms are taken pixel by pixel and the path down repeats pixels: both know nothing of an image's padding.
     """
 
-    def __init__(self, config: ClusterFormerConfig, num_levels: int):
+    def __init__(self, config: ClusterFormerConfig, stages: list[str]):
         super().__init__()
-        sizes, dim = config.hidden_sizes[-num_levels:], config.decoder_hidden_size
-        self.norms = nn.ModuleList(nn.LayerNorm(size, eps=config.layer_norm_eps) for size in sizes)
-        self.laterals = nn.ModuleList(nn.Linear(size, dim) for size in sizes)
-        self.smoothings = nn.ModuleList(nn.Conv2d(dim, dim, kernel_size=3, padding=1) for _ in sizes)
+        sizes = {stage: config.hidden_sizes[config.stage_names.index(stage) - 1] for stage in stages}
+        dim = config.decoder_hidden_size
+        self.stages = stages
+        self.norms = nn.ModuleDict({s: nn.LayerNorm(size, eps=config.layer_norm_eps) for s, size in sizes.items()})
+        self.laterals = nn.ModuleDict({stage: nn.Linear(size, dim) for stage, size in sizes.items()})
+        self.smoothings = nn.ModuleDict({stage: nn.Conv2d(dim, dim, kernel_size=3, padding=1) for stage in sizes})
 
     def forward(self, hidden_states: list[torch.Tensor], masks: list[torch.Tensor | None]) -> list[torch.Tensor]:
         """
         Args:
-            hidden_states (`list[torch.Tensor]`): Maps (batch, channels, height, width), finest first.
+            hidden_states (`list[torch.Tensor]`): The stages' maps (batch, channels, height, width), finest first.
             masks (`list[torch.Tensor]`): Real pixels of each map, (batch, height, width, 1), or `None`.
 
         Returns:
             `list[torch.Tensor]` of maps `(batch, decoder_hidden_size, height, width)`, finest first.
         """
         merged, levels = None, []
-        for i in reversed(range(len(hidden_states))):
-            lateral = self.laterals[i](self.norms[i](hidden_states[i].permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        for stage, features, mask in reversed(list(zip(self.stages, hidden_states, masks))):
+            lateral = self.laterals[stage](self.norms[stage](features.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
             if merged is not None:
                 height, width = lateral.shape[-2:]
                 lateral = lateral + F.interpolate(merged, scale_factor=2.0, mode="nearest")[..., :height, :width]
-            merged = lateral if masks[i] is None else lateral * masks[i].permute(0, 3, 1, 2).to(lateral.dtype)
-            levels.append(self.smoothings[i](merged))
+            merged = lateral if mask is None else lateral * mask.permute(0, 3, 1, 2).to(lateral.dtype)
+            levels.append(self.smoothings[stage](merged))
         return levels[::-1]
 
 
@@ -311,16 +314,61 @@ def boxes_to_moments(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return center, (size.square() / 12).clamp(MIN_EXTENT**2, MAX_EXTENT**2)
 
 
-class ClusterFormerDecoder(nn.Module):
-    """
-    Clusters a pyramid's pixels layer by layer, starting from the encoder's last centres at the cells that these were
-    pooled from. With `predict_boxes` every layer starts from the boxes of the layer before, else from its moments.
-    """
+class ClusterFormerMaskHead(nn.Module):
+    """The mask of a centre: its embedding's dot product with every pixel's."""
 
-    def __init__(self, config: ClusterFormerConfig, num_levels: int, predict_boxes: bool):
+    def __init__(self, config: ClusterFormerConfig):
         super().__init__()
         dim = config.decoder_hidden_size
-        self.embeddings = ClusterFormerPyramidEmbeddings(config, num_levels)
+        self.fc1 = nn.Linear(dim, dim)
+        self.fc2 = nn.Linear(dim, dim)
+        self.fc3 = nn.Linear(dim, dim)
+        self.activation = nn.ReLU()
+
+    def forward(self, centers: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Centres (batch, K, dim) and pixels (batch, dim, height, width); returns logits (batch, K, height, width)."""
+        embeddings = self.fc3(self.activation(self.fc2(self.activation(self.fc1(centers)))))
+        return (embeddings @ pixels.flatten(2)).unflatten(2, pixels.shape[-2:])
+
+
+@dataclass
+class DecoderOutput:
+    """
+    Args:
+        centers (`tuple[torch.Tensor]`): (batch, K, dim) at the start and after each layer.
+        boxes (`tuple[torch.Tensor]`): Of these centres, (batch, K, 4) as cx, cy, w, h in [0, 1].
+        assignments (`tuple[list[torch.Tensor]]`): Of each layer and level, (batch, heads, K, height, width).
+        surplus (`torch.Tensor` of shape `(batch, K, 1)`, *optional*): True at centres that an image does not have.
+        pixels (`torch.Tensor` of shape `(batch, dim, height, width)`, *optional*): The finest level, for masks.
+        pixel_mask (`torch.Tensor` of shape `(batch, 1, height, width)`, *optional*): Its real pixels.
+    """
+
+    centers: tuple[torch.Tensor, ...]
+    boxes: tuple[torch.Tensor, ...]
+    assignments: tuple[list[torch.Tensor], ...]
+    surplus: torch.Tensor | None
+    pixels: torch.Tensor | None
+    pixel_mask: torch.Tensor | None
+
+
+class ClusterFormerDecoder(nn.Module):
+    """
+    Clusters the pixels of the three coarsest stages layer by layer, starting from the encoder's last centres at the
+    cells that these were pooled from. A layer starts from the boxes of the layer before.
+
+    With `predict_boxes` these boxes are refined, else they are the moments alone; with `predict_masks` the pyramid
+    goes one stage further down, for the pixels that masks are made of.
+    """
+
+    num_levels = 3
+
+    def __init__(self, config: ClusterFormerConfig, predict_boxes: bool = False, predict_masks: bool = False):
+        super().__init__()
+        dim = config.decoder_hidden_size
+        self.config = config
+        self.predict_masks = predict_masks
+        self.pyramid = ClusterFormerFeaturePyramid(config, config.stage_names[1:][-self.num_levels - predict_masks :])
+        self.embeddings = ClusterFormerPyramidEmbeddings(config, self.num_levels)
         self.center_norm = nn.LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps)
         self.center_projection = nn.Linear(config.hidden_sizes[-1], dim)
         self.place_fc1 = nn.Linear(4, dim)
@@ -330,23 +378,26 @@ class ClusterFormerDecoder(nn.Module):
         num_heads = config.decoder_layers + 1 if predict_boxes else 0
         self.box_heads = nn.ModuleList(ClusterFormerBoxHead(config) for _ in range(num_heads))
 
-    def forward(self, cluster_centers, levels: list[torch.Tensor], geometries: list[StageGeometry]) -> tuple:
+    def forward(self, hidden_states, cluster_centers, sizes: torch.Tensor | None) -> DecoderOutput:
         """
         Args:
+            hidden_states (`tuple[torch.Tensor]`): The encoder's maps (batch, channels, height, width), finest first.
             cluster_centers (`torch.Tensor` of shape `(batch, K, channels)`): The encoder's last centres.
-            levels (`list[torch.Tensor]`): Maps (batch, dim, height, width), finest first.
-            geometries (`list[StageGeometry]`): The levels' geometries; the last has the cells of the centres.
-
-        Returns:
-            For the start and then each layer: the centres (batch, K, dim), the boxes (batch, K, 4) as cx, cy, w, h in
-            [0, 1]. For each layer: the assignments (batch, heads, N, K).
+            sizes (`torch.Tensor` of shape `(batch, 2)`, *optional*): Real height and width of padded images.
         """
+        maps = hidden_states[-len(self.pyramid.stages) :]
+        geometries = self.level_geometries(maps, sizes)
+        levels = self.pyramid(maps, [geometry.mask for geometry in geometries])
+        pixels, pixel_mask = None, None
+        if self.predict_masks:
+            pixels, pixel_mask = levels.pop(0), geometries.pop(0).mask
+            pixel_mask = None if pixel_mask is None else pixel_mask.permute(0, 3, 1, 2)
+
         geometry, start = PyramidGeometry(geometries), geometries[-1]
         features = torch.cat([level.flatten(2).mT for level in levels], dim=1)
         embeddings = self.embeddings(geometry)
         centers = self.center_projection(self.center_norm(cluster_centers))
         mean, variance = (tensor[:, 0].expand(len(centers), -1, -1) for tensor in (start.mean, start.variance))
-
         all_centers, all_boxes, all_assignments = (centers,), (self.read_boxes(0, centers, mean, variance),), ()
         for i, layer in enumerate(self.layers):
             place = all_boxes[-1].detach()
@@ -357,8 +408,19 @@ class ClusterFormerDecoder(nn.Module):
             )
             all_centers += (centers,)
             all_boxes += (self.read_boxes(i + 1, centers, mean, variance),)
-            all_assignments += (assignments,)
-        return all_centers, all_boxes, all_assignments
+            all_assignments += (geometry.split(assignments.mT, dim=3),)
+        surplus = None if start.center_mask is None else start.center_mask[:, 0].mT != 0
+        return DecoderOutput(all_centers, all_boxes, all_assignments, surplus, pixels, pixel_mask)
+
+    def level_geometries(self, maps: tuple[torch.Tensor, ...], sizes: torch.Tensor | None) -> list[StageGeometry]:
+        """Positions and padding of each map and, of the last, the cells of the centres."""
+        geometries = []
+        for stage_idx, features in enumerate(maps, start=self.config.num_stages - len(maps)):
+            stride = self.config.patch_size * 2**stage_idx
+            level_sizes = None if sizes is None else -(-sizes // stride)
+            grid, ratio = as_pair(self.config.center_grid[stage_idx]), self.config.sr_ratios[stage_idx]
+            geometries.append(StageGeometry(features.shape[-2:], grid, ratio, level_sizes, features))
+        return geometries
 
     def read_boxes(self, i: int, centers, mean, variance) -> torch.Tensor:
         return self.box_heads[i](centers, mean, variance) if self.box_heads else moments_to_boxes(mean, variance)

@@ -14,7 +14,10 @@
 """Set losses of the detection and segmentation models, on top of transformers'."""
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_clusterformer import ClusterFormerConfig
@@ -56,7 +59,7 @@ def detection_loss(
             for label in labels
         ]
         loss_dict = criterion({**outputs[0], "auxiliary_outputs": outputs[1:]}, labels)
-        loss = sum(weights["_".join(name.split("_")[:2])] * value for name, value in loss_dict.items())
+        loss = sum(weights[_without_number(name)] * value for name, value in loss_dict.items())
     return loss, loss_dict
 
 
@@ -116,3 +119,168 @@ def _check_boxes(boxes: torch.Tensor, i: int, num_classes: int):
             f"`labels[{i}]['boxes']` has {boxes[outside][0].tolist()}, which looks like corners (x_min, y_min, x_max, "
             f"y_max): {expected}."
         )
+
+
+class ClusterFormerMaskLoss(Mask2FormerLoss):
+    """Mask2Former's set loss for images that may be without any mask."""
+
+    def __init__(self, config: ClusterFormerConfig):
+        weights = {
+            "loss_cross_entropy": config.class_weight,
+            "loss_mask": config.mask_weight,
+            "loss_dice": config.dice_weight,
+        }
+        super().__init__(config, weights)
+        self.matcher = SkipEmptyImages(self.matcher)
+
+    def loss_masks(self, masks_queries_logits, mask_labels, indices, num_masks) -> dict[str, torch.Tensor]:
+        if sum(len(masks) for masks in mask_labels) > 0:
+            return super().loss_masks(masks_queries_logits, mask_labels, indices, num_masks)
+        nothing = 0.0 * masks_queries_logits.sum()  # every parameter keeps its gradient, which other processes wait for
+        return {"loss_mask": nothing, "loss_dice": nothing}
+
+
+class SkipEmptyImages(nn.Module):
+    """Matches image by image and leaves out those without masks, which `grid_sample` does not take."""
+
+    def __init__(self, matcher: nn.Module):
+        super().__init__()
+        self.matcher = matcher
+
+    def forward(self, masks_queries_logits, class_queries_logits, mask_labels, class_labels) -> list[tuple]:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        matches = []
+        for inputs in zip(masks_queries_logits, class_queries_logits, mask_labels, class_labels):
+            masks, classes, *labels = inputs
+            found = len(labels[0]) > 0
+            matches += (
+                self.matcher(masks[None], classes[None], *[[label] for label in labels]) if found else [(nothing,) * 2]
+            )
+        return matches
+
+
+def segmentation_loss(
+    outputs: list[dict[str, torch.Tensor]],
+    mask_labels: list[torch.Tensor],
+    class_labels: list[torch.Tensor],
+    config: ClusterFormerConfig,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    The set loss of Mask2Former (https://arxiv.org/abs/2112.01527): cross-entropy over classes and "no object", binary
+    cross-entropy and dice of masks at sampled points, under the best matching, for each of several predictions.
+
+    Args:
+        outputs (`list[dict[str, torch.Tensor]]`):
+            `class_queries_logits` (batch, K, num_labels + 1) and `masks_queries_logits` (batch, K, height, width); the
+            final prediction first, then the auxiliary ones.
+        mask_labels (`list[torch.Tensor]`): For each image (n, H, W) in [0, 1], all images of one H and W.
+        class_labels (`list[torch.Tensor]`): For each image (n,) int64.
+
+    Returns:
+        The weighted sum, and its parts before weighting: `loss_cross_entropy`, `loss_mask`, `loss_dice`, with `_0`,
+        `_1`, ... for the auxiliary predictions.
+    """
+    device = outputs[0]["masks_queries_logits"].device
+    criterion = ClusterFormerMaskLoss(config).to(device)
+    with maybe_autocast(device.type, enabled=False):
+        final, *auxiliary = [{name: tensor.float() for name, tensor in output.items()} for output in outputs]
+        loss_dict = criterion(
+            final["masks_queries_logits"],
+            final["class_queries_logits"],
+            [masks.to(device).float() for masks in mask_labels],
+            [classes.to(device).long() for classes in class_labels],
+            auxiliary,
+        )
+        loss = sum(criterion.weight_dict[_without_number(name)] * value for name, value in loss_dict.items())
+    return loss, loss_dict
+
+
+def _without_number(name: str) -> str:
+    """The loss's name without the number of the auxiliary prediction that Mask2Former's and DETR's losses append."""
+    return name.rstrip("0123456789").rstrip("_")
+
+
+def masks_of_label_maps(
+    label_maps: torch.Tensor, ignore_index: int, num_labels: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """
+    One mask for each class that an image shows.
+
+    Args:
+        label_maps (`torch.LongTensor` of shape `(batch, height, width)`):
+            Classes in [0, num_labels), or `ignore_index` for pixels of no mask.
+
+    Returns:
+        For each image masks (n, height, width) and their classes (n,).
+
+    Raises:
+        `ValueError`: naming the image and the values that are no class.
+    """
+    if label_maps.ndim != 3 or label_maps.is_floating_point():
+        raise ValueError(
+            f"`labels` must be integers of shape (batch_size, height, width), got {label_maps.dtype} of shape "
+            f"{tuple(label_maps.shape)}."
+        )
+    mask_labels, class_labels = [], []
+    for i, label_map in enumerate(label_maps):
+        classes = label_map.unique()
+        classes = classes[classes != ignore_index]
+        wrong = classes[(classes < 0) | (classes >= num_labels)]
+        if len(wrong) > 0:
+            raise ValueError(
+                f"`labels[{i}]` has the classes {wrong.tolist()}, which are not in [0, {num_labels}) for num_labels="
+                f"{num_labels} and not semantic_loss_ignore_index={ignore_index}."
+            )
+        mask_labels.append(label_map[None] == classes[:, None, None])
+        class_labels.append(classes)
+    return mask_labels, class_labels
+
+
+def check_segment_labels(labels):
+    """Raises `ValueError` unless `labels` is a list of dicts with `masks` and `class_labels`."""
+    if not isinstance(labels, (list, tuple)) or not all(hasattr(label, "keys") for label in labels):
+        raise ValueError(
+            "`labels` must be a list with one dict of `masks` and `class_labels` for each image, got "
+            f"{type(labels).__name__}."
+        )
+    for i, label in enumerate(labels):
+        missing = {"masks", "class_labels"} - set(label.keys())
+        if missing:
+            raise ValueError(f"`labels[{i}]` lacks {', '.join(sorted(missing))}; it has {', '.join(label.keys())}.")
+
+
+def check_mask_labels(mask_labels, class_labels, pixel_values: torch.Tensor, num_labels: int) -> list[torch.Tensor]:
+    """
+    Checks the masks of instances or segments and brings them to the size of `pixel_values`.
+
+    Args:
+        mask_labels (`list[torch.Tensor]`): For each image (n, height, width), 1 inside; of the padded size or smaller,
+            for instance the image's own: then they are padded with zeros at the right and the bottom, as images are.
+        class_labels (`list[torch.Tensor]`): For each image (n,) int64 in [0, num_labels).
+
+    Returns:
+        The masks, `(n, height, width)` of `pixel_values`.
+
+    Raises:
+        `ValueError`: naming the image and the value.
+    """
+    batch_size, size = len(pixel_values), tuple(pixel_values.shape[-2:])
+    if len(mask_labels) != batch_size or len(class_labels) != batch_size:
+        raise ValueError(
+            f"There must be masks and classes for each of the {batch_size} images, got {len(mask_labels)} and "
+            f"{len(class_labels)}."
+        )
+    padded = []
+    for i, (masks, classes) in enumerate(zip(mask_labels, class_labels)):
+        _check_classes(classes, i, num_labels)
+        if masks.ndim != 3 or len(masks) != len(classes):
+            raise ValueError(
+                f"The masks of image {i} must have the shape ({len(classes)}, height, width), one for each class, "
+                f"got {tuple(masks.shape)}."
+            )
+        height, width = masks.shape[-2:]
+        if len(masks) > 0 and (height > size[0] or width > size[1]):
+            raise ValueError(f"The masks of image {i} are {height} x {width}, larger than its pixels' {size}.")
+        masks = masks if len(masks) > 0 else masks.new_zeros((0, 1, 1))
+        padded.append(F.pad(masks, (0, size[1] - masks.shape[2], 0, size[0] - masks.shape[1])))
+    return padded

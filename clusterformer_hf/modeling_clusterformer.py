@@ -44,11 +44,18 @@ from .decoder_clusterformer import (
     ClusterFormerBoxDelta,
     ClusterFormerClassHead,
     ClusterFormerDecoder,
-    ClusterFormerFeaturePyramid,
+    ClusterFormerMaskHead,
     ClusterFormerPyramidClustering,
-    PyramidGeometry,
+    DecoderOutput,
 )
-from .loss_clusterformer import check_detection_labels, detection_loss
+from .loss_clusterformer import (
+    check_detection_labels,
+    check_mask_labels,
+    check_segment_labels,
+    detection_loss,
+    masks_of_label_maps,
+    segmentation_loss,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -126,6 +133,56 @@ class ClusterFormerObjectDetectionOutput(ModelOutput):
     pred_boxes: torch.FloatTensor | None = None
     auxiliary_outputs: list[dict[str, torch.FloatTensor]] | None = None
     last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    cluster_centers: tuple[torch.FloatTensor, ...] | None = None
+    cluster_assignments: tuple[torch.FloatTensor, ...] | None = None
+    decoder_cluster_assignments: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
+
+
+@dataclass
+class ClusterFormerUniversalSegmentationOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when labels are given): Weighted set loss.
+        class_queries_logits (`torch.FloatTensor` of shape `(batch_size, K, num_labels + 1)`):
+            Scores of each centre before a softmax; the last is "no object".
+        masks_queries_logits (`torch.FloatTensor` of shape `(batch_size, K, height / 4, width / 4)`):
+            Mask of each centre before a sigmoid; lowest at padded pixels.
+        auxiliary_logits (`list[dict[str, torch.FloatTensor]]`, *optional*, returned when labels are given):
+            The two above of the encoder's centres and of every decoder layer but the last.
+        loss_dict (`dict[str, torch.FloatTensor]`, *optional*, returned when labels are given):
+            The parts of the loss before weighting, see [`segmentation_loss`].
+        hidden_states, cluster_centers, cluster_assignments, decoder_cluster_assignments (*optional*):
+            See [`ClusterFormerObjectDetectionOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    class_queries_logits: torch.FloatTensor | None = None
+    masks_queries_logits: torch.FloatTensor | None = None
+    auxiliary_logits: list[dict[str, torch.FloatTensor]] | None = None
+    loss_dict: dict[str, torch.FloatTensor] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    cluster_centers: tuple[torch.FloatTensor, ...] | None = None
+    cluster_assignments: tuple[torch.FloatTensor, ...] | None = None
+    decoder_cluster_assignments: tuple[tuple[torch.FloatTensor, ...], ...] | None = None
+
+
+@dataclass
+class ClusterFormerSemanticSegmenterOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given): Weighted set loss.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels, height / 4, width / 4)`):
+            Log of the sum of all masks, weighted by the probability of the class.
+        loss_dict (`dict[str, torch.FloatTensor]`, *optional*, returned when `labels` is given):
+            The parts of the loss before weighting, see [`segmentation_loss`].
+        hidden_states, cluster_centers, cluster_assignments, decoder_cluster_assignments (*optional*):
+            See [`ClusterFormerObjectDetectionOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    loss_dict: dict[str, torch.FloatTensor] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     cluster_centers: tuple[torch.FloatTensor, ...] | None = None
     cluster_assignments: tuple[torch.FloatTensor, ...] | None = None
@@ -723,9 +780,7 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.clusterformer = ClusterFormerModel(config, add_pooling_layer=False)
-        num_levels = min(3, config.num_stages)
-        self.pyramid = ClusterFormerFeaturePyramid(config, num_levels)
-        self.decoder = ClusterFormerDecoder(config, num_levels, predict_boxes=True)
+        self.decoder = ClusterFormerDecoder(config, predict_boxes=True)
         self.class_heads = nn.ModuleList(
             ClusterFormerClassHead(config.decoder_hidden_size, config.num_labels)
             for _ in range(config.decoder_layers + 1)
@@ -751,63 +806,187 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
         Raises:
             `ValueError`: if the labels are of another form, naming the image and the value.
         """
-        if output_cluster_assignments is None:
-            output_cluster_assignments = getattr(self.config, "output_cluster_assignments", False)
-        output_hidden_states = kwargs.pop("output_hidden_states", None)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        outputs = self.clusterformer(
-            pixel_values, pixel_mask, output_cluster_assignments, output_hidden_states=True, **kwargs
-        )
-        maps = outputs.hidden_states[-len(self.pyramid.laterals) :]
-        geometries = self.level_geometries(maps, real_sizes(pixel_mask, pixel_values))
-        levels = self.pyramid(maps, [geometry.mask for geometry in geometries])
-        centers, boxes, assignments = self.decoder(outputs.cluster_centers[-1], levels, geometries)
-        predictions = self.predict(centers, boxes, geometries[-1].center_mask)
+        decoded, extras = decode(self, pixel_values, pixel_mask, output_cluster_assignments, kwargs)
+        predictions = []
+        for head, centers, boxes in zip(self.class_heads, decoded.centers, decoded.boxes):
+            logits = head(centers)
+            if decoded.surplus is not None:
+                logits = logits.masked_fill(decoded.surplus, SURPLUS_LOGIT)
+            predictions.append({"logits": logits, "pred_boxes": boxes.to(logits.dtype)})
+        *auxiliary_outputs, final = predictions
 
-        loss, loss_dict, auxiliary_outputs = None, None, None
+        loss, loss_dict = None, None
         if labels is not None:
             check_detection_labels(labels, len(pixel_values), self.num_labels)
-            *auxiliary_outputs, final = predictions
-            predictions_used = [final] + (auxiliary_outputs if self.config.auxiliary_loss else [])
-            loss, loss_dict = detection_loss(predictions_used, labels, self.config)
-
-        decoder_cluster_assignments = None
-        if output_cluster_assignments:
-            geometry = PyramidGeometry(geometries)
-            decoder_cluster_assignments = tuple(tuple(geometry.split(layer.mT, dim=3)) for layer in assignments)
+            trained = [final, *auxiliary_outputs] if self.config.auxiliary_loss else [final]
+            loss, loss_dict = detection_loss(trained, labels, self.config)
 
         return ClusterFormerObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
-            logits=predictions[-1]["logits"],
-            pred_boxes=predictions[-1]["pred_boxes"],
-            auxiliary_outputs=auxiliary_outputs,
-            last_hidden_state=centers[-1],
-            hidden_states=outputs.hidden_states if output_hidden_states else None,
-            cluster_centers=outputs.cluster_centers if output_cluster_assignments else None,
-            cluster_assignments=outputs.cluster_assignments,
-            decoder_cluster_assignments=decoder_cluster_assignments,
+            **final,
+            auxiliary_outputs=None if labels is None else auxiliary_outputs,
+            last_hidden_state=decoded.centers[-1],
+            **extras,
         )
 
-    def level_geometries(self, maps: list[torch.Tensor], sizes: torch.Tensor | None) -> list[StageGeometry]:
-        """Positions, padding and, of the last level, the cells of the centres."""
-        geometries = []
-        for i, hidden_states in enumerate(maps, start=self.config.num_stages - len(maps)):
-            level_sizes = map_sizes(sizes, self.config.patch_size * 2**i)
-            grid, ratio = as_pair(self.config.center_grid[i]), self.config.sr_ratios[i]
-            geometries.append(StageGeometry(hidden_states.shape[-2:], grid, ratio, level_sizes, hidden_states))
-        return geometries
 
-    def predict(self, centers, boxes, center_mask) -> list[dict[str, torch.Tensor]]:
-        """`logits` and `pred_boxes` of the encoder's centres and of each layer; surplus centres score lowest."""
-        predictions = []
-        for head, layer_centers, layer_boxes in zip(self.class_heads, centers, boxes):
-            logits = head(layer_centers)
-            if center_mask is not None:
-                logits = logits.masked_fill(center_mask[:, 0].mT != 0, SURPLUS_LOGIT)
-            predictions.append({"logits": logits, "pred_boxes": layer_boxes.to(logits.dtype)})
-        return predictions
+class ClusterFormerForUniversalSegmentation(ClusterFormerPreTrainedModel):
+    """
+    ClusterFormer with a cluster decoder for instance, panoptic and semantic segmentation: every centre has a class and
+    a mask. The last stage's centres are the queries: `config.center_grid[-1]` sets their number K.
+    """
+
+    def __init__(self, config: ClusterFormerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.clusterformer = ClusterFormerModel(config, add_pooling_layer=False)
+        self.decoder = ClusterFormerDecoder(config, predict_masks=True)
+        self.class_head = nn.Linear(config.decoder_hidden_size, config.num_labels + 1)
+        self.mask_head = ClusterFormerMaskHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        mask_labels: list[torch.Tensor] | None = None,
+        class_labels: list[torch.Tensor] | None = None,
+        labels: list[dict[str, torch.Tensor]] | None = None,
+        output_cluster_assignments: bool | None = None,
+        **kwargs,
+    ) -> ClusterFormerUniversalSegmentationOutput:
+        r"""
+        Args:
+            pixel_values, pixel_mask, output_cluster_assignments: See [`ClusterFormerModel.forward`].
+            mask_labels (`list[torch.Tensor]`, *optional*):
+                For each image masks (n, height, width) of instances or segments, 1 inside. Of the padded size, or
+                smaller: then they are padded at the right and the bottom, as images are.
+            class_labels (`list[torch.LongTensor]`, *optional*):
+                For each image the classes (n,) of its masks, in `[0, num_labels)`.
+            labels (`list[dict[str, torch.Tensor]]`, *optional*):
+                The same as one argument, as evaluation with Trainer needs it: for each image `masks` and
+                `class_labels`. More keys are ignored.
+
+        Raises:
+            `ValueError`: if the labels are of another form, naming the image and the value.
+        """
+        if labels is not None:
+            check_segment_labels(labels)
+            mask_labels = [label["masks"] for label in labels]
+            class_labels = [label["class_labels"] for label in labels]
+        if (mask_labels is None) != (class_labels is None):
+            raise ValueError("`mask_labels` and `class_labels` must be given together.")
+
+        decoded, extras = decode(self, pixel_values, pixel_mask, output_cluster_assignments, kwargs)
+        *auxiliary_logits, final = read_masks(self.class_head, self.mask_head, decoded)
+        loss, loss_dict = None, None
+        if mask_labels is not None:
+            mask_labels = check_mask_labels(mask_labels, class_labels, pixel_values, self.num_labels)
+            trained = [final, *auxiliary_logits] if self.config.auxiliary_loss else [final]
+            loss, loss_dict = segmentation_loss(trained, mask_labels, class_labels, self.config)
+
+        return ClusterFormerUniversalSegmentationOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            **final,
+            auxiliary_logits=None if mask_labels is None else auxiliary_logits,
+            **extras,
+        )
+
+
+class ClusterFormerForSemanticSegmentation(ClusterFormerPreTrainedModel):
+    """
+    ClusterFormer with a cluster decoder for semantic segmentation, trained on the masks of the classes: the model and
+    the parameters are those of [`ClusterFormerForUniversalSegmentation`].
+    """
+
+    def __init__(self, config: ClusterFormerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.clusterformer = ClusterFormerModel(config, add_pooling_layer=False)
+        self.decoder = ClusterFormerDecoder(config, predict_masks=True)
+        self.class_head = nn.Linear(config.decoder_hidden_size, config.num_labels + 1)
+        self.mask_head = ClusterFormerMaskHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_cluster_assignments: bool | None = None,
+        **kwargs,
+    ) -> ClusterFormerSemanticSegmenterOutput:
+        r"""
+        Args:
+            pixel_values, pixel_mask, output_cluster_assignments: See [`ClusterFormerModel.forward`].
+            labels (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
+                The class of every pixel in `[0, num_labels)`, or `config.semantic_loss_ignore_index`.
+
+        Raises:
+            `ValueError`: if the labels are of another form, naming the image and the values.
+        """
+        mask_labels = None
+        if labels is not None:
+            mask_labels, class_labels = masks_of_label_maps(
+                labels, self.config.semantic_loss_ignore_index, self.num_labels
+            )
+            mask_labels = check_mask_labels(mask_labels, class_labels, pixel_values, self.num_labels)
+
+        decoded, extras = decode(self, pixel_values, pixel_mask, output_cluster_assignments, kwargs)
+        *auxiliary_logits, final = read_masks(self.class_head, self.mask_head, decoded)
+        loss, loss_dict = None, None
+        if mask_labels is not None:
+            trained = [final, *auxiliary_logits] if self.config.auxiliary_loss else [final]
+            loss, loss_dict = segmentation_loss(trained, mask_labels, class_labels, self.config)
+        return ClusterFormerSemanticSegmenterOutput(
+            loss=loss, loss_dict=loss_dict, logits=semantic_logits(**final), **extras
+        )
+
+
+def decode(model, pixel_values, pixel_mask, output_cluster_assignments, kwargs) -> tuple[DecoderOutput, dict]:
+    """Runs encoder and decoder of a detection or segmentation model; returns what was asked for beside as a dict."""
+    if output_cluster_assignments is None:
+        output_cluster_assignments = getattr(model.config, "output_cluster_assignments", False)
+    output_hidden_states = kwargs.pop("output_hidden_states", None)
+    if output_hidden_states is None:
+        output_hidden_states = model.config.output_hidden_states
+    outputs = model.clusterformer(
+        pixel_values, pixel_mask, output_cluster_assignments, output_hidden_states=True, **kwargs
+    )
+    sizes = real_sizes(pixel_mask, pixel_values) if model.config.clustering == "recurrent" else None
+    decoded = model.decoder(outputs.hidden_states[1:], outputs.cluster_centers[-1], sizes)
+    return decoded, {
+        "hidden_states": outputs.hidden_states if output_hidden_states else None,
+        "cluster_centers": outputs.cluster_centers if output_cluster_assignments else None,
+        "cluster_assignments": outputs.cluster_assignments,
+        "decoder_cluster_assignments": decoded.assignments if output_cluster_assignments else None,
+    }
+
+
+def read_masks(class_head, mask_head, decoded: DecoderOutput) -> list[dict[str, torch.Tensor]]:
+    """`class_queries_logits` and `masks_queries_logits` of the encoder's centres and of each layer's."""
+    predictions = []
+    for centers in decoded.centers:
+        classes, masks = class_head(centers), mask_head(centers, decoded.pixels)
+        if decoded.surplus is not None:
+            no_object = torch.full_like(classes, SURPLUS_LOGIT)
+            no_object[..., -1] = -SURPLUS_LOGIT
+            classes = torch.where(decoded.surplus, no_object, classes)
+            masks = masks.masked_fill(~decoded.pixel_mask | decoded.surplus[..., None], SURPLUS_LOGIT)
+        predictions.append({"class_queries_logits": classes, "masks_queries_logits": masks})
+    return predictions
+
+
+def semantic_logits(class_queries_logits: torch.Tensor, masks_queries_logits: torch.Tensor) -> torch.Tensor:
+    """Log of the sum of all masks weighted by class probability: (batch, num_labels, height, width)."""
+    classes = class_queries_logits.float().softmax(dim=-1)[..., :-1]
+    masks = masks_queries_logits.float().sigmoid().flatten(2)
+    weights = (classes.mT @ masks).unflatten(2, masks_queries_logits.shape[-2:])
+    return weights.clamp_min(torch.finfo(weights.dtype).tiny).log().to(masks_queries_logits.dtype)
 
 
 class ClusterFormerBackbone(BackboneMixin, ClusterFormerPreTrainedModel):
@@ -854,6 +1033,8 @@ __all__ = [
     "ClusterFormerBackbone",
     "ClusterFormerForImageClassification",
     "ClusterFormerForObjectDetection",
+    "ClusterFormerForSemanticSegmentation",
+    "ClusterFormerForUniversalSegmentation",
     "ClusterFormerModel",
     "ClusterFormerPreTrainedModel",
 ]
