@@ -1,0 +1,202 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+COCO's average precision of boxes while [`Trainer`] evaluates, batch by batch and with flat memory.
+
+    trainer = Trainer(
+        args=set_up_evaluation(training_args),
+        preprocess_logits_for_metrics=DetectionPostProcessor(image_processor),
+        compute_metrics=DetectionMetric(data, class_ids),
+        ...
+    )
+
+With other settings Trainer joins the boxes of different pictures and cuts those of the last batch, without an error.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from transformers import BaseImageProcessor, EvalPrediction, TrainingArguments
+
+from ..data.detection_data import DetectionData, listed
+
+
+MAX_BOXES = 100
+# The order of pycocotools' statistics; each in [0, 1], or -1 where there is no box to find.
+STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+# Below every score that a model gives; where processes have different numbers of boxes, Trainer pads logits with -100.
+MIN_SCORE = 1e-30
+
+
+def set_up_evaluation(args: TrainingArguments) -> TrainingArguments:
+    """Sets what makes Trainer's evaluation of pictures with any number of boxes exact, on one process or several."""
+    args.remove_unused_columns = False
+    args.batch_eval_metrics = True
+    args.eval_use_gather_object = True
+    args.eval_do_concat_batches = False
+    return args
+
+
+class DetectionPostProcessor:
+    """
+    The best boxes of each picture as Trainer's `preprocess_logits_for_metrics`.
+
+    Takes the model's outputs, of which the first two tensors are `logits` (batch, K, num_labels) and `pred_boxes`
+    (batch, K, 4), and the labels with `image_id` and `orig_size`; the list of labels is emptied. Returns for each
+    picture a dict of tensors on the CPU: `image_id` (1,), and at most `MAX_BOXES` boxes, the best first: `scores` (n,)
+    float32, `labels` (n,) int64 and `boxes` (n, 4) float32, x, y, x, y in pixels of the picture as it was read.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor):
+        self.image_processor = image_processor
+
+    def __call__(self, outputs: tuple, labels: list[dict]) -> list[dict]:
+        # Trainer drops outputs that are None, and the losses are a dict.
+        logits, boxes = [output.float() for output in outputs if isinstance(output, torch.Tensor)][:2]
+        detections = self.image_processor.post_process_object_detection(
+            SimpleNamespace(logits=logits, pred_boxes=boxes),
+            threshold=MIN_SCORE,
+            target_sizes=torch.stack([label["orig_size"] for label in labels]),
+            top_k=MAX_BOXES,
+        )
+        detections = [{"image_id": label["image_id"], **detection} for label, detection in zip(labels, detections)]
+        # Trainer sends the labels between processes after this, of which the metric needs nothing more.
+        labels.clear()
+        return [{name: value.cpu() for name, value in detection.items()} for detection in detections]
+
+
+class DetectionMetric:
+    """
+    COCO's average precision for Trainer's `compute_metrics`, with `batch_eval_metrics=True`.
+
+    Called once a batch with what [`DetectionPostProcessor`] returns. When `compute_result` is true, returns
+    `STATISTICS` and `AP_<class>` for each class with boxes to find, and starts anew; else an empty dict. A picture that
+    comes twice, as where processes share the last batch, counts once.
+
+    Args:
+        data: The pictures that are evaluated, all of them and no others: use `data.select` for a part.
+        class_ids: The model's id of each class, as `match_categories` finds it.
+
+    Attributes:
+        detections: The boxes of the last evaluation by image id, for [`write_coco_results`].
+    """
+
+    def __init__(self, data: DetectionData, class_ids: list[int]):
+        self.data = data
+        self.category_of = dict(zip(class_ids, data.category_ids))
+        self.image_ids = set(data.image_ids.tolist())
+        self.detections = {}
+        self._finished = False
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        if not isinstance(prediction.predictions, list):
+            raise TypeError(
+                "Boxes must come as a list with one dict for each picture: pass a DetectionPostProcessor as "
+                "preprocess_logits_for_metrics, and training arguments from set_up_evaluation."
+            )
+        if self._finished:
+            self.detections, self._finished = {}, False
+        for detection in prediction.predictions:
+            self.detections[int(detection["image_id"])] = {name: np.asarray(value) for name, value in detection.items()}
+        if not compute_result:
+            return {}
+        self._finished = True
+        self._check_image_ids()
+        return average_precision(self.data.ground_truth(), coco_results(self.detections.values(), self.category_of))
+
+    def _check_image_ids(self):
+        unknown = sorted(self.detections.keys() - self.image_ids)
+        if unknown:
+            raise ValueError(f"{self.data.source} has no pictures with the ids {listed(unknown)}.")
+        missing = sorted(self.image_ids - self.detections.keys())
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(self.image_ids)} pictures of {self.data.source} were not evaluated, ids "
+                f"{listed(missing)}. To evaluate a part, give DetectionMetric data.select(rows)."
+            )
+
+
+def coco_results(detections: Iterable[dict], category_of: dict[int, int]) -> list[dict]:
+    """
+    Boxes of pictures in the format of COCO's results files.
+
+    Args:
+        detections: As [`DetectionPostProcessor`] returns them. Classes that are no category are left out.
+        category_of: The original category id of each of the model's ids.
+    """
+    results = []
+    for detection in detections:
+        corners = np.asarray(detection["boxes"], np.float64).reshape(-1, 4)
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
+        scores = np.asarray(detection["scores"], np.float64).tolist()
+        image_id, labels = int(detection["image_id"]), np.asarray(detection["labels"]).tolist()
+        results += [
+            {"image_id": image_id, "category_id": category_of[label], "bbox": box, "score": score}
+            for score, label, box in zip(scores, labels, boxes)
+            if label in category_of
+        ]
+    return results
+
+
+def write_coco_results(path: str | Path, detections: Iterable[dict], category_of: dict[int, int]):
+    """Writes [`coco_results`] to a JSON file that pycocotools' `loadRes` and COCO's servers take."""
+    Path(path).write_text(json.dumps(coco_results(detections, category_of)) + "\n", encoding="utf-8")
+
+
+def average_precision(ground_truth: dict, results: list[dict]) -> dict[str, float]:
+    """
+    COCO's statistics, computed by pycocotools.
+
+    Args:
+        ground_truth: Images, annotations and categories as in COCO's files. No annotation may have id 0.
+        results: As [`coco_results`] returns them.
+
+    Returns:
+        `STATISTICS`, and `AP_<class>` for each class that has boxes to find.
+    """
+    from pycocotools.cocoeval import COCOeval  # of the extra "train"
+
+    detections = [
+        result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+        for number, result in enumerate(results, start=1)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(_coco(ground_truth), _coco(ground_truth | {"annotations": detections}), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    metrics = dict(zip(STATISTICS, map(float, evaluation.stats)))
+    # Thresholds, recalls, classes, areas (the first is all), numbers of boxes (the last is 100).
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
+    for row, category_id in enumerate(evaluation.params.catIds):
+        # -1 where a class has no boxes to find.
+        if (precision[:, :, row] > -1).any():
+            metrics[f"AP_{names[category_id]}"] = float(precision[:, :, row].mean())
+    return metrics
+
+
+def _coco(content: dict):
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    coco.dataset = content
+    coco.createIndex()
+    return coco
