@@ -11,13 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pictures of what a model clusters."""
+"""Pictures of what a model clusters and of what it finds."""
 
 import colorsys
+import math
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
 from transformers.utils import ModelOutput
 
 
@@ -119,4 +122,183 @@ def draw_stages(images: list[Image.Image], outputs: ModelOutput, side: int = 192
         pictures = [image] + [draw_clusters(image, outputs, stage, head, index=row) for stage in stages]
         for column, picture in enumerate(pictures):
             panel.paste(picture, (gap + column * (width + gap), header + row * (side + gap)))
+    return panel
+
+
+def detection_queries(outputs: ModelOutput, threshold: float = 0.5, top_k: int = 100) -> list[torch.Tensor]:
+    """
+    Which centre each detection came from: repeats the selection of
+    `DeformableDetrImageProcessor.post_process_object_detection`, which returns the detections without their centres.
+
+    Args:
+        outputs (`ModelOutput`): Of [`ClusterFormerForObjectDetection`].
+        threshold, top_k: As given to the image processor, with its defaults.
+
+    Returns:
+        `list[torch.Tensor]`: for each image the centres, (n,) int64 in [0, K), in the order of the detections. A centre
+        with high scores for several classes comes several times.
+    """
+    scores = outputs.logits.sigmoid().flatten(1)
+    values, indices = scores.topk(min(top_k, scores.shape[1]), dim=1)
+    num_labels = outputs.logits.shape[-1]
+    return [index[value > threshold] // num_labels for value, index in zip(values, indices)]
+
+
+def box_assignment(outputs: ModelOutput, index: int, query: int, layer: int = -1) -> np.ndarray:
+    """
+    The shares of the pixels in one centre, which its box was read from: mean of the heads, all levels in one map.
+
+    Every level is spread over the finest one's pixels. There a coarse level counts as much less as it has fewer pixels,
+    since in the moments each of its pixels counts as one. So mean and variance of position under this map, pixels taken
+    as squares, are those that the box was read from.
+
+    Args:
+        outputs (`ModelOutput`): Of [`ClusterFormerForObjectDetection`] called with `output_cluster_assignments=True`.
+        index (`int`): Which image of the batch.
+        query (`int`): Which centre, in [0, K). [`detection_queries`] finds those of the detections.
+        layer (`int`): Which decoder layer; negative numbers count from the last.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)` and dtype float64 with values in [0, 1]: the finest level's pixels that
+        are no padding. The maps of all centres sum to 1 at every pixel.
+
+    Raises:
+        `ValueError`: if `outputs` holds no such assignments, or no such layer, image or centre.
+    """
+    layers = outputs.get("decoder_cluster_assignments")
+    if layers is None:
+        raise ValueError("The detection model must be called with output_cluster_assignments=True.")
+    if not -len(layers) <= layer < len(layers):
+        raise ValueError(f"`layer` must be in [{-len(layers)}, {len(layers)}), got {layer}.")
+    batch_size, _, num_centers = layers[layer][0].shape[:3]
+    for name, value, end in (("index", index, batch_size), ("query", query, num_centers)):
+        if not 0 <= value < end:
+            raise ValueError(f"`{name}` must be in [0, {end}), got {value}.")
+
+    levels = []
+    for weights in layers[layer]:
+        real = weights[index, 0].sum(dim=0) > 0
+        height, width = int(real.any(dim=1).sum()), int(real.any(dim=0).sum())
+        levels.append(weights[index, :, query, :height, :width].double().mean(dim=0).cpu().numpy())
+    counts = [level.size / levels[0].size for level in levels]
+    spread = (count * spread_over(level, levels[0].shape) for count, level in zip(counts, levels))
+    return (sum(spread) / sum(counts)).clip(0, 1)
+
+
+def spread_over(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (height, width) on a grid of `size` over the same area: means over the area that the pixels share."""
+    rows, columns = (_shared_area(fine, coarse) for fine, coarse in zip(size, values.shape))
+    return rows @ values @ columns.T
+
+
+def _shared_area(fine: int, coarse: int) -> np.ndarray:
+    """(fine, coarse): which share of each of `fine` equal parts of a line each of `coarse` equal parts covers."""
+    (start, end), (low, high) = ((np.arange(n) / n, np.arange(1, n + 1) / n) for n in (fine, coarse))
+    return (np.minimum(end[:, None], high) - np.maximum(start[:, None], low)).clip(0) * fine
+
+
+def draw_boxes(
+    image: Image.Image, detections: dict[str, torch.Tensor], id2label: dict[int, str] | None = None
+) -> Image.Image:
+    """
+    Draws boxes with label and score, a colour for each class.
+
+    Args:
+        image (`PIL.Image.Image`): The picture that the boxes belong to.
+        detections (`dict[str, torch.Tensor]`):
+            As `post_process_object_detection` returns them for the picture's size: `scores` (n,), `labels` (n,) int64
+            and `boxes` (n, 4) as x_min, y_min, x_max, y_max in pixels. What lies outside of the picture is cut off.
+        id2label (`dict[int, str]`, *optional*): Names of the classes, as in the config; numbers without it.
+
+    Returns:
+        `PIL.Image.Image` in RGB of the image's size.
+    """
+    image = image.convert("RGB")
+    scores, labels = detections["scores"].tolist(), detections["labels"].tolist()
+    if len(labels) == 0:
+        return image
+    boxes = detections["boxes"].detach().cpu().float()
+    boxes = torch.stack([boxes[:, 0::2].clamp(0, image.width - 1), boxes[:, 1::2].clamp(0, image.height - 1)], dim=-1)
+    boxes = boxes.flatten(1).round()
+    colors = [tuple(color) for color in palette(max(labels) + 1)[labels].round().astype(int).tolist()]
+    line = max(2, round(max(image.size) / 320))
+    image = to_pil_image(draw_bounding_boxes(pil_to_tensor(image), boxes, colors=colors, width=line))
+    # Backwards, so that the most certain one lies on top.
+    for box, color, label, score in reversed(list(zip(boxes.tolist(), colors, labels, scores, strict=True))):
+        name = label if id2label is None else id2label[label]
+        _draw_label(image, f"{name} {score:.2f}", box, color)
+    return image
+
+
+def label_font(image: Image.Image) -> ImageFont.ImageFont:
+    """A font whose size goes with the image's."""
+    return ImageFont.load_default(size=max(10, round(max(image.size) / 50)))
+
+
+def _draw_label(image: Image.Image, text: str, box: list[float], color: tuple[int, int, int]):
+    """Above the box, or inside at its top where there is no room; never beyond the picture's right side."""
+    draw, font = ImageDraw.Draw(image), label_font(image)
+    width, height = (math.ceil(end) + 4 for end in draw.textbbox((0, 0), text, font=font)[2:])
+    x = max(0, min(box[0], image.width - width))
+    y = box[1] - height if box[1] >= height else box[1]
+    draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
+    bright = np.dot(color, (0.299, 0.587, 0.114)) > 110
+    draw.text((x + 2, y + 1), text, fill="black" if bright else "white", font=font)
+
+
+def draw_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """
+    Lays a map (height, width) of values that are not negative over the greyed picture, stretched to its size: the
+    higher beside the map's highest, the more it covers, from red to yellow.
+    """
+    heat = Image.fromarray(heat.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
+    heat = np.asarray(heat)[..., None] / max(np.max(heat), np.finfo(np.float32).tiny)
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
+    color = np.concatenate([np.full_like(heat, 255), 255 * heat, np.zeros_like(heat)], axis=-1)
+    return Image.fromarray(((1 - 0.85 * heat) * grey + 0.85 * heat * color).round().astype(np.uint8))
+
+
+def draw_box_assignments(
+    image: Image.Image,
+    outputs: ModelOutput,
+    detections: dict[str, torch.Tensor],
+    queries: torch.Tensor,
+    index: int = 0,
+    id2label: dict[int, str] | None = None,
+    layer: int = -1,
+    side: int = 256,
+    columns: int = 4,
+) -> Image.Image:
+    """
+    A panel of the picture with all boxes, and then each box over the map that it was read from ([`box_assignment`]).
+
+    Args:
+        image, detections, id2label: See [`draw_boxes`].
+        outputs, index, layer: See [`box_assignment`].
+        queries (`torch.Tensor` of shape `(n,)`): The detections' centres, see [`detection_queries`].
+        side (`int`): Longer side of each tile in pixels.
+        columns (`int`): Most tiles side by side.
+
+    Returns:
+        `PIL.Image.Image` in RGB.
+
+    Raises:
+        `ValueError`: if there are more or fewer `queries` than detections, or `outputs` holds no assignments.
+    """
+    if len(queries) != len(detections["scores"]):
+        raise ValueError(f"There are {len(detections['scores'])} detections, but `queries` has {len(queries)}.")
+    scale = side / max(image.size)
+    tile = image.convert("RGB").resize([max(1, round(length * scale)) for length in image.size])
+    detections = {**detections, "boxes": detections["boxes"] * scale}
+    tiles = [draw_boxes(tile, detections, id2label)]
+    for i, query in enumerate(queries.tolist()):
+        heated = draw_heat(tile, box_assignment(outputs, index, query, layer))
+        tiles.append(draw_boxes(heated, {name: values[i : i + 1] for name, values in detections.items()}, id2label))
+
+    gap, columns = 8, min(columns, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    panel = Image.new("RGB", [n * (length + gap) + gap for n, length in zip((columns, rows), tile.size)], "white")
+    for i, picture in enumerate(tiles):
+        row, column = divmod(i, columns)
+        panel.paste(picture, (gap + column * (tile.width + gap), gap + row * (tile.height + gap)))
     return panel
