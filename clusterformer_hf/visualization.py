@@ -221,11 +221,12 @@ def draw_boxes(
     boxes = torch.stack([boxes[:, 0::2].clamp(0, image.width - 1), boxes[:, 1::2].clamp(0, image.height - 1)], dim=-1)
     boxes = boxes.flatten(1).round()
     colors = [tuple(color) for color in palette(max(labels) + 1)[labels].round().astype(int).tolist()]
-    line = max(2, round(max(image.size) / 320))
-    image = to_pil_image(draw_bounding_boxes(pil_to_tensor(image), boxes, colors=colors, width=line))
+    names = [label if id2label is None else id2label[label] for label in labels]
     # Backwards, so that the most certain one lies on top.
-    for box, color, label, score in reversed(list(zip(boxes.tolist(), colors, labels, scores, strict=True))):
-        name = label if id2label is None else id2label[label]
+    line = max(2, round(max(image.size) / 320))
+    drawn = draw_bounding_boxes(pil_to_tensor(image), boxes.flip(0), colors=colors[::-1], width=line)
+    image = to_pil_image(drawn)
+    for box, color, name, score in reversed(list(zip(boxes.tolist(), colors, names, scores, strict=True))):
         _draw_label(image, f"{name} {score:.2f}", box, color)
     return image
 

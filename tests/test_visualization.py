@@ -227,10 +227,10 @@ def test_what_lies_outside_is_cut_off(box):
     assert ((pixels == color_of(0)).all(axis=-1)).sum() > 2 * (right - left)
 
 
-def test_the_most_certain_label_lies_on_top():
+def test_the_most_certain_box_lies_on_top():
     same = [[20, 40, 80, 100]] * 2
     pixels = np.asarray(draw_boxes(grey(200, 120), found(same, [2, 5], [0.9, 0.8])))
-    assert (pixels[30, 20] == color_of(2)).all()
+    assert (pixels[30:100, 20] == color_of(2)).all()  # label and box
 
 
 def test_no_detections_change_nothing():

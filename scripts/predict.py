@@ -1,0 +1,309 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Runs a saved model on pictures: writes what it finds as JSON and draws it.
+
+    python scripts/predict.py cat.jpg photos "more/**/*.png" --model outputs/mine --output_dir outputs/predictions
+
+What is done depends on the model: a classifier names the classes, a detector draws boxes. `--clusters` also draws the
+pixels that each box was read from. Written into the output folder: `predictions.json`, one entry for each picture in
+the order given, `NAME.png`, the picture with its result, and `clusters/NAME.png`. Files that cannot be read are named
+there and at the end; the others are done all the same, and the exit code is 1.
+"""
+
+import glob
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from transformers import (
+    MODEL_FOR_BACKBONE_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    HfArgumentParser,
+    Pipeline,
+    pipeline,
+)
+
+from clusterformer_hf import ClusterFormerConfig
+from clusterformer_hf.data.images import open_image
+from clusterformer_hf.visualization import detection_queries, draw_box_assignments, draw_boxes, label_font
+
+
+@dataclass
+class Arguments:
+    """Which model is run and what is written."""
+
+    model: str = field(metadata={"help": "Folder that a model was saved in with its image processor."})
+    output_dir: Path = field(default=Path("outputs/predictions"), metadata={"help": "Where the results go."})
+    threshold: float = field(default=0.5, metadata={"help": "Detection: least score of a box that is kept."})
+    top_k: int = field(default=5, metadata={"help": "Classification: number of classes, the likeliest first."})
+    clusters: bool = field(
+        default=False, metadata={"help": "Detection: also draw the pixels that each box was read from."}
+    )
+    batch_size: int = field(
+        default=1,
+        metadata={"help": "Pictures that go through a model together; for detection only neighbours of one size do."},
+    )
+    device: str = field(default="cpu", metadata={"help": "Where the model runs: cpu, cuda, cuda:1, mps, ..."})
+
+    def __post_init__(self):
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"--threshold must be in [0, 1], got {self.threshold}.")
+        for name in ("top_k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclass
+class Task:
+    """
+    What this script does with one kind of model.
+
+    Args:
+        name: Of the task, as `pipeline` calls it.
+        models: The Auto class's table of models for the task.
+        one_size: Whether only pictures of one size can go through the model together.
+        options: The pipeline's arguments, of the command line's.
+        draw: Draws a picture's predictions, as the pipeline returns them.
+        draw_clusters: Draws what `--clusters` asks for.
+        summary: The predictions in a few words.
+    """
+
+    name: str
+    models: dict
+    one_size: bool
+    options: Callable[[Arguments], dict]
+    draw: Callable[[Pipeline, Image.Image, list[dict]], Image.Image]
+    draw_clusters: Callable[[Pipeline, Image.Image, Arguments], Image.Image] | None
+    summary: Callable[[list[dict]], str]
+
+
+def draw_classes(predictor: Pipeline, picture: Image.Image, predictions: list[dict]) -> Image.Image:
+    """The picture with a line for each class below it."""
+    text, font = "\n".join(f"{row['label']} {row['score']:.3f}" for row in predictions), label_font(picture)
+    width, height = ImageDraw.Draw(picture).multiline_textbbox((0, 0), text, font=font)[2:]
+    captioned = Image.new("RGB", (max(picture.width, int(width) + 9), picture.height + int(height) + 9), "white")
+    captioned.paste(picture, (0, 0))
+    ImageDraw.Draw(captioned).multiline_text((4, picture.height + 4), text, fill="black", font=font)
+    return captioned
+
+
+def name_classes(predictions: list[dict]) -> str:
+    return ", ".join(f"{row['label']} {row['score']:.3f}" for row in predictions)
+
+
+def draw_detections(predictor: Pipeline, picture: Image.Image, predictions: list[dict]) -> Image.Image:
+    """The picture with its boxes."""
+    id2label = predictor.model.config.id2label
+    ids = {label: index for index, label in id2label.items()}
+    boxes = [[row["box"][side] for side in ("xmin", "ymin", "xmax", "ymax")] for row in predictions]
+    detections = {
+        "scores": torch.tensor([row["score"] for row in predictions]),
+        "labels": torch.tensor([ids[row["label"]] for row in predictions], dtype=torch.long),
+        "boxes": torch.tensor(boxes).reshape(-1, 4),
+    }
+    return draw_boxes(picture, detections, id2label)
+
+
+def draw_detection_clusters(predictor: Pipeline, picture: Image.Image, args: Arguments) -> Image.Image:
+    """
+    The panel of boxes and their pixels. Runs the model once more: the pipeline gives no assignments, and in a batch
+    they would fill the memory.
+    """
+    inputs = predictor.preprocess(picture).to(predictor.device)
+    target_size = inputs.pop("target_size")
+    with torch.no_grad():
+        outputs = predictor.model(**inputs, output_cluster_assignments=True)
+    (detections,) = predictor.image_processor.post_process_object_detection(outputs, args.threshold, target_size)
+    (queries,) = detection_queries(outputs, args.threshold)
+    return draw_box_assignments(picture, outputs, detections, queries, id2label=predictor.model.config.id2label)
+
+
+def count_objects(predictions: list[dict]) -> str:
+    counts = Counter(row["label"] for row in predictions)
+    return "nothing found" if not counts else ", ".join(f"{number} x {label}" for label, number in counts.items())
+
+
+TASKS = (
+    Task(
+        name="image-classification",
+        models=MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+        one_size=False,
+        options=lambda args: {"top_k": args.top_k},
+        draw=draw_classes,
+        draw_clusters=None,
+        summary=name_classes,
+    ),
+    Task(
+        name="object-detection",
+        models=MODEL_FOR_OBJECT_DETECTION_MAPPING,
+        one_size=True,  # its image processors keep proportions, and pipelines do not pad
+        options=lambda args: {"threshold": args.threshold},
+        draw=draw_detections,
+        draw_clusters=draw_detection_clusters,
+        summary=count_objects,
+    ),
+)
+
+
+def find_task(model: str, clusters: bool) -> Task:
+    """
+    The task of a saved model, from the architecture that its config names.
+
+    Raises:
+        `ValueError`: if there is no model, no task for its architecture, or no clusters to draw where they are wanted.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(f"--model {model} is no folder with a saved model and no model on the Hub: {error}") from error
+    names = set(config.architectures or [])
+    if not names:
+        raise ValueError(f"The config in {model} names no architecture. `save_pretrained` of a model writes it there.")
+    for task in TASKS:
+        if names & architectures(task.models, config):
+            if clusters and (task.draw_clusters is None or config.model_type != ClusterFormerConfig.model_type):
+                raise ValueError(f"--clusters needs a detector of ClusterFormer, and {model} holds {', '.join(names)}.")
+            return task
+    supported = ", ".join(f"{task.name} ({', '.join(architectures(task.models, config))})" for task in TASKS)
+    reason = "which is not supported"
+    if names & (architectures(MODEL_MAPPING, config) | architectures(MODEL_FOR_BACKBONE_MAPPING, config)):
+        reason = "a backbone without a head, which predicts nothing by itself"
+    raise ValueError(f"{model} holds {', '.join(names)}, {reason}. Supported: {supported}.")
+
+
+def architectures(models: dict, config) -> set[str]:
+    """Names of a table's model classes for this kind of config."""
+    classes = models.get(type(config), ())
+    return {model.__name__ for model in (classes if isinstance(classes, tuple) else (classes,))}
+
+
+def find_pictures(inputs: list[str]) -> tuple[list[Path], dict[str, str]]:
+    """
+    The files that are named or lie in folders that are named, each once, and for inputs that name none the reason.
+
+    Of a folder every file with a picture's extension is taken, not those of folders in it; files without are printed.
+    """
+    paths, problems = {}, {}
+    for text in inputs:
+        # A name may look like a pattern itself.
+        matches = [Path(text)] if Path(text).exists() else [Path(match) for match in glob.glob(text, recursive=True)]
+        found = [path for match in sorted(matches) for path in (pictures_in(match) if match.is_dir() else [match])]
+        if not found:
+            problems[text] = "no pictures in this folder" if matches else "no such file or folder, and no match"
+        for path in found:
+            paths.setdefault(path.resolve(), path)
+    return list(paths.values()), problems
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    known = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    others = [path.name for path in files if path.suffix.lower() not in known]
+    if others:
+        print(f"{folder}: left out, not pictures by their names: {', '.join(others)}", file=sys.stderr)
+    return [path for path in files if path.suffix.lower() in known]
+
+
+def read_batches(
+    paths: list[Path], batch_size: int, one_size: bool, problems: dict[str, str]
+) -> Iterator[list[tuple[Path, Image.Image]]]:
+    """Pictures in order, at most `batch_size` at a time; files that cannot be read go to `problems`."""
+    batch = []
+    for path in paths:
+        try:
+            picture = open_image(path)
+        except ValueError as error:
+            problems[str(path)] = str(error).removeprefix(f"{path}: ")
+            continue
+        if batch and (len(batch) == batch_size or one_size and picture.size != batch[0][1].size):
+            yield batch
+            batch = []
+        batch.append((path, picture))
+    if batch:
+        yield batch
+
+
+def output_names(paths: list[Path], output_dir: Path) -> dict[Path, str]:
+    """For each file a name that no other file and no file to read has in the output folder, in upper or lower case."""
+    taken = {str(path.resolve()).casefold() for path in paths}
+    names = {}
+    for path in paths:
+        for number in count(1):
+            name = path.stem if number == 1 else f"{path.stem}_{number}"
+            files = {str(file.resolve()).casefold() for file in output_files(output_dir, name)}
+            if not files & taken:
+                break
+        names[path], taken = name, taken | files
+    return names
+
+
+def output_files(output_dir: Path, name: str) -> tuple[Path, Path]:
+    """Of the drawn picture and of its clusters."""
+    return output_dir / f"{name}.png", output_dir / "clusters" / f"{name}.png"
+
+
+def load_predictor(task: Task, args: Arguments) -> Pipeline:
+    # The pipeline knows its own models by name and calls others an error, though it runs them.
+    logging.getLogger("transformers.pipelines.base").addFilter(
+        lambda record: f"is not supported for {task.name}" not in record.getMessage()
+    )
+    return pipeline(task.name, model=args.model, device=args.device)
+
+
+def main(args: list[str] | None = None):
+    parser = HfArgumentParser(Arguments)
+    parser.add_argument("images", nargs="+", help="Pictures: files, folders or patterns such as 'photos/*.jpg'.")
+    args, inputs = parser.parse_args_into_dataclasses(args)
+    task = find_task(args.model, args.clusters)
+    paths, problems = find_pictures(inputs.images)
+    names = output_names(paths, args.output_dir)
+    predictor = load_predictor(task, args)
+    (args.output_dir / "clusters" if args.clusters else args.output_dir).mkdir(parents=True, exist_ok=True)
+
+    results = {}
+    for batch in read_batches(paths, args.batch_size, task.one_size, problems):
+        pictures = [picture for _, picture in batch]
+        answers = predictor(pictures, batch_size=len(pictures), **task.options(args))
+        for (path, picture), predictions in zip(batch, answers, strict=True):
+            drawn, clusters = output_files(args.output_dir, names[path])
+            task.draw(predictor, picture, predictions).save(drawn)
+            if args.clusters:
+                task.draw_clusters(predictor, picture, args).save(clusters)
+            size = {"width": picture.width, "height": picture.height}
+            results[path] = {"file": str(path), "size": size, "picture": drawn.name, "predictions": predictions}
+            print(f"{path}: {task.summary(predictions)}")
+
+    entries = [results.get(path) or {"file": str(path), "error": problems[str(path)]} for path in paths]
+    known = {entry["file"] for entry in entries}
+    entries += [{"file": text, "error": problem} for text, problem in problems.items() if text not in known]
+    (args.output_dir / "predictions.json").write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    print(f"\npredictions.json and {len(results)} pictures are in {args.output_dir}.")
+    if problems:
+        lines = "\n".join(f"  {name}: {problem}" for name, problem in problems.items())
+        raise SystemExit(f"{len(problems)} of {len(entries)} could not be read:\n{lines}")
+
+
+if __name__ == "__main__":
+    main()
