@@ -164,6 +164,7 @@ def segmentation_loss(
     mask_labels: list[torch.Tensor],
     class_labels: list[torch.Tensor],
     config: ClusterFormerConfig,
+    training: bool = True,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     The set loss of Mask2Former (https://arxiv.org/abs/2112.01527): cross-entropy over classes and "no object", binary
@@ -175,6 +176,8 @@ def segmentation_loss(
             final prediction first, then the auxiliary ones.
         mask_labels (`list[torch.Tensor]`): For each image (n, H, W) in [0, 1], all images of one H and W.
         class_labels (`list[torch.Tensor]`): For each image (n,) int64.
+        training (`bool`): Outside training the random numbers go back to where they were, so that a loss is the same
+            each time and evaluation leaves no trace in training.
 
     Returns:
         The weighted sum, and its parts before weighting: `loss_cross_entropy`, `loss_mask`, `loss_dice`, with `_0`,
@@ -182,7 +185,11 @@ def segmentation_loss(
     """
     device = outputs[0]["masks_queries_logits"].device
     criterion = ClusterFormerMaskLoss(config).to(device)
-    with maybe_autocast(device.type, enabled=False):
+    devices = [] if device.type == "cpu" else [device]
+    with (
+        maybe_autocast(device.type, enabled=False),
+        torch.random.fork_rng(devices, enabled=not training, device_type="cuda" if not devices else device.type),
+    ):
         final, *auxiliary = [{name: tensor.float() for name, tensor in output.items()} for output in outputs]
         loss_dict = criterion(
             final["masks_queries_logits"],

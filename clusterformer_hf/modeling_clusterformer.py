@@ -788,6 +788,7 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @filter_output_hidden_states
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -847,6 +848,7 @@ class ClusterFormerForUniversalSegmentation(ClusterFormerPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @filter_output_hidden_states
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -885,7 +887,7 @@ class ClusterFormerForUniversalSegmentation(ClusterFormerPreTrainedModel):
         if mask_labels is not None:
             mask_labels = check_mask_labels(mask_labels, class_labels, pixel_values, self.num_labels)
             trained = [final, *auxiliary_logits] if self.config.auxiliary_loss else [final]
-            loss, loss_dict = segmentation_loss(trained, mask_labels, class_labels, self.config)
+            loss, loss_dict = segmentation_loss(trained, mask_labels, class_labels, self.config, self.training)
 
         return ClusterFormerUniversalSegmentationOutput(
             loss=loss,
@@ -912,6 +914,7 @@ class ClusterFormerForSemanticSegmentation(ClusterFormerPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @filter_output_hidden_states
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -941,26 +944,24 @@ class ClusterFormerForSemanticSegmentation(ClusterFormerPreTrainedModel):
         loss, loss_dict = None, None
         if mask_labels is not None:
             trained = [final, *auxiliary_logits] if self.config.auxiliary_loss else [final]
-            loss, loss_dict = segmentation_loss(trained, mask_labels, class_labels, self.config)
+            loss, loss_dict = segmentation_loss(trained, mask_labels, class_labels, self.config, self.training)
         return ClusterFormerSemanticSegmenterOutput(
             loss=loss, loss_dict=loss_dict, logits=semantic_logits(**final), **extras
         )
 
 
 def decode(model, pixel_values, pixel_mask, output_cluster_assignments, kwargs) -> tuple[DecoderOutput, dict]:
-    """Runs encoder and decoder of a detection or segmentation model; returns what was asked for beside as a dict."""
+    """
+    Runs encoder and decoder of a detection or segmentation model, whose `filter_output_hidden_states` asks for all
+    maps and hides them again. Returns beside the decoder's output what else the model returns.
+    """
     if output_cluster_assignments is None:
         output_cluster_assignments = getattr(model.config, "output_cluster_assignments", False)
-    output_hidden_states = kwargs.pop("output_hidden_states", None)
-    if output_hidden_states is None:
-        output_hidden_states = model.config.output_hidden_states
-    outputs = model.clusterformer(
-        pixel_values, pixel_mask, output_cluster_assignments, output_hidden_states=True, **kwargs
-    )
+    outputs = model.clusterformer(pixel_values, pixel_mask, output_cluster_assignments, **kwargs)
     sizes = real_sizes(pixel_mask, pixel_values) if model.config.clustering == "recurrent" else None
     decoded = model.decoder(outputs.hidden_states[1:], outputs.cluster_centers[-1], sizes)
     return decoded, {
-        "hidden_states": outputs.hidden_states if output_hidden_states else None,
+        "hidden_states": outputs.hidden_states,
         "cluster_centers": outputs.cluster_centers if output_cluster_assignments else None,
         "cluster_assignments": outputs.cluster_assignments,
         "decoder_cluster_assignments": decoded.assignments if output_cluster_assignments else None,
