@@ -60,8 +60,10 @@ class DetectionPostProcessor:
 
     Takes the model's outputs, of which the first two tensors are `logits` (batch, K, num_labels) and `pred_boxes`
     (batch, K, 4), and the labels with `image_id` and `orig_size`; the list of labels is emptied. Returns for each
-    picture a dict of tensors on the CPU: `image_id` (1,), and at most `MAX_BOXES` boxes, the best first: `scores` (n,)
-    float32, `labels` (n,) int64 and `boxes` (n, 4) float32, x, y, x, y in pixels of the picture as it was read.
+    picture a dict of `image_id`, an int, and arrays of at most `MAX_BOXES` boxes, best first: `scores` (n,), float32,
+    `labels` (n,), int64, and `boxes` (n, 4), float32: x, y, x, y in pixels of the picture as it was read.
+
+    For `Trainer.evaluate`; the boxes are then in [`DetectionMetric`]'s `detections`. `Trainer.predict` takes no arrays.
     """
 
     def __init__(self, image_processor: BaseImageProcessor):
@@ -76,10 +78,14 @@ class DetectionPostProcessor:
             target_sizes=torch.stack([label["orig_size"] for label in labels]),
             top_k=MAX_BOXES,
         )
-        detections = [{"image_id": label["image_id"], **detection} for label, detection in zip(labels, detections)]
+        image_ids = [int(label["image_id"]) for label in labels]
         # Trainer sends the labels between processes after this, of which the metric needs nothing more.
         labels.clear()
-        return [{name: value.cpu() for name, value in detection.items()} for detection in detections]
+        # Arrays and no tensors: of these, Trainer's second evaluation forgets `eval_use_gather_object`.
+        return [
+            {"image_id": image_id, **{name: value.cpu().numpy() for name, value in detection.items()}}
+            for image_id, detection in zip(image_ids, detections)
+        ]
 
 
 class DetectionMetric:
@@ -113,8 +119,7 @@ class DetectionMetric:
             )
         if self._finished:
             self.detections, self._finished = {}, False
-        for detection in prediction.predictions:
-            self.detections[int(detection["image_id"])] = {name: np.asarray(value) for name, value in detection.items()}
+        self.detections |= {detection["image_id"]: detection for detection in prediction.predictions}
         if not compute_result:
             return {}
         self._finished = True
@@ -146,9 +151,9 @@ def coco_results(detections: Iterable[dict], category_of: dict[int, int]) -> lis
         corners = np.asarray(detection["boxes"], np.float64).reshape(-1, 4)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
         scores = np.asarray(detection["scores"], np.float64).tolist()
-        image_id, labels = int(detection["image_id"]), np.asarray(detection["labels"]).tolist()
+        labels = np.asarray(detection["labels"]).tolist()
         results += [
-            {"image_id": image_id, "category_id": category_of[label], "bbox": box, "score": score}
+            {"image_id": detection["image_id"], "category_id": category_of[label], "bbox": box, "score": score}
             for score, label, box in zip(scores, labels, boxes)
             if label in category_of
         ]
