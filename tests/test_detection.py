@@ -1,0 +1,334 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Behaviour of the object detector: boxes from clusters, losses, padding, labels."""
+
+import math
+
+import pytest
+import torch
+from transformers import DeformableDetrImageProcessor
+from transformers.image_transforms import center_to_corners_format
+from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
+
+from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification, ClusterFormerForObjectDetection
+from clusterformer_hf.decoder_clusterformer import boxes_to_moments, moments_to_boxes
+
+
+NANO = {
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "num_attention_heads": [1, 2, 3, 4],
+    "mlp_ratios": [2, 2, 2, 2],
+    "center_grid": [4, 4, 4, 3],
+    "decoder_hidden_size": 32,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 32,
+    "num_labels": 5,
+}
+
+
+def nano_detector(**kwargs) -> ClusterFormerForObjectDetection:
+    torch.manual_seed(0)
+    return ClusterFormerForObjectDetection(ClusterFormerConfig(**{**NANO, "initializer_range": 0.2, **kwargs})).eval()
+
+
+def images(*size, seed=0) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def targets(*counts, seed=0) -> list[dict[str, torch.Tensor]]:
+    """Labels with so many random boxes, inside the image, for each image."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = []
+    for count in counts:
+        size = torch.rand(count, 2, generator=generator) * 0.5 + 0.05
+        center = size / 2 + torch.rand(count, 2, generator=generator) * (1 - size)
+        classes = torch.randint(NANO["num_labels"], (count,), generator=generator)
+        labels.append({"class_labels": classes, "boxes": torch.cat([center, size], dim=-1)})
+    return labels
+
+
+# ---- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def test_documented_shapes_and_switches():
+    model = nano_detector()
+    pixel_values = images(2, 3, 96, 128)
+    with torch.no_grad():
+        plain = model(pixel_values)
+        asked = model(pixel_values, output_cluster_assignments=True, output_hidden_states=True)
+        trained = model(pixel_values, labels=targets(2, 0))
+    assert set(plain) == {"logits", "pred_boxes", "last_hidden_state"}
+    assert plain.logits.shape == (2, 9, 5) and plain.pred_boxes.shape == (2, 9, 4)
+    assert plain.last_hidden_state.shape == (2, 9, 32)
+    assert ((plain.pred_boxes > 0) & (plain.pred_boxes < 1)).all()
+    assert len(asked.hidden_states) == 5 and len(asked.cluster_assignments) == 4
+    shapes = [[tuple(level.shape) for level in layer] for layer in asked.decoder_cluster_assignments]
+    assert shapes == [[(2, 4, 9, 12, 16), (2, 4, 9, 6, 8), (2, 4, 9, 3, 4)]] * 2
+    for layer in asked.decoder_cluster_assignments:
+        for level in layer:
+            torch.testing.assert_close(level.sum(dim=2), torch.ones_like(level[:, :, 0]))
+    # One prediction of the encoder's centres, one of the first layer; the last layer's is the output.
+    assert [set(output) for output in trained.auxiliary_outputs] == [{"logits", "pred_boxes"}] * 2
+
+
+def test_a_box_starts_as_the_moments_of_its_pixels():
+    model = nano_detector().double()  # box heads start at zero
+    with torch.no_grad():
+        outputs = model(images(1, 3, 64, 96).double(), output_cluster_assignments=True)
+    total, moments = 0, [[0, 0], [0, 0]]
+    weights = [level[0].sum(dim=0) for level in outputs.decoder_cluster_assignments[-1]]  # (K, height, width)
+    for level in weights:
+        total = total + level.sum(dim=(1, 2))
+    for axis in range(2):
+        mean = spread = 0
+        for level in weights:
+            side = level.shape[1 + axis]
+            marginal = level.sum(dim=2 - axis)
+            mean = mean + marginal @ ((torch.arange(side) + 0.5) / side).double()
+        mean = mean / total
+        for level in weights:
+            side = level.shape[1 + axis]
+            position = ((torch.arange(side) + 0.5) / side).double()
+            deviation = (position - mean[:, None]).square() + 1 / (12 * side**2)
+            spread = spread + (level.sum(dim=2 - axis) * deviation).sum(dim=1)
+        moments[axis] = [mean, (12 * spread / total).sqrt()]
+    expected = torch.stack([moments[1][0], moments[0][0], moments[1][1], moments[0][1]], dim=-1)
+    torch.testing.assert_close(outputs.pred_boxes[0], expected.clamp(1e-3, 1 - 1e-3), rtol=0, atol=1e-6)
+
+
+def test_moments_of_boxes_and_boxes_of_moments():
+    boxes = torch.tensor([[0.5, 0.25, 0.8, 0.4], [0.3, 0.9, 0.1, 0.2]])
+    mean, variance = boxes_to_moments(boxes)
+    torch.testing.assert_close(mean, torch.tensor([[0.25, 0.5], [0.9, 0.3]]))
+    torch.testing.assert_close(moments_to_boxes(mean, variance), boxes)
+
+
+def test_post_processing_by_the_library():
+    model = nano_detector()
+    picture = torch.randint(256, (3, 60, 90), dtype=torch.uint8)
+    processor = DeformableDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
+    inputs = processor(picture, return_tensors="pt")
+    with torch.no_grad():
+        outputs = model(**inputs)
+    (result,) = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=[(60, 90)], top_k=9)
+    best = outputs.logits[0].sigmoid().flatten().argmax()
+    box = center_to_corners_format(outputs.pred_boxes[0, best // 5]) * torch.tensor([90, 60, 90, 60])
+    torch.testing.assert_close(result["boxes"][0], box)
+    assert result["labels"][0] == best % 5
+
+
+# ---- padding and sizes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(96, 70), (33, 128), (61, 45)])
+def test_padding_changes_nothing(size):
+    model = nano_detector()
+    pixel_values, mask = images(2, 3, 96, 128), torch.zeros(2, 96, 128)
+    mask[0], mask[1, : size[0], : size[1]] = 1, 1
+    pixel_values[1, :, size[0] :], pixel_values[1, :, :, size[1] :] = float("nan"), float("nan")
+    with torch.no_grad():
+        alone = model(pixel_values[1:, :, : size[0], : size[1]])
+        padded = model(pixel_values, mask)
+    real = padded.logits[1].amax(dim=-1) > -18  # a small image has fewer centres than the batch
+    assert real.sum() == alone.logits.shape[1]
+    torch.testing.assert_close(padded.logits[1][real], alone.logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(padded.pred_boxes[1][real], alone.pred_boxes[0], rtol=0, atol=1e-5)
+
+
+def test_the_order_of_a_batch_does_not_matter():
+    model = nano_detector()
+    pixel_values, labels = images(3, 3, 64, 64), targets(2, 0, 3)
+    with torch.no_grad():
+        outputs = model(pixel_values, labels=labels)
+        turned = model(pixel_values.flip(0), labels=labels[::-1])
+    torch.testing.assert_close(turned.pred_boxes, outputs.pred_boxes.flip(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(turned.loss, outputs.loss)
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_transformers():
+    model = nano_detector(class_loss_coefficient=1)
+    labels = targets(3, 1)
+    outputs = model(images(2, 3, 64, 64), labels=labels)
+    predictions = [*outputs.auxiliary_outputs, {"logits": outputs.logits, "pred_boxes": outputs.pred_boxes}]
+    model.config.decoder_layers = len(predictions)  # transformers counts predictions so
+    expected, expected_dict, _ = DeformableDetrForObjectDetectionLoss(
+        outputs.logits,
+        labels,
+        "cpu",
+        outputs.pred_boxes,
+        model.config,
+        torch.stack([prediction["logits"] for prediction in predictions]),
+        torch.stack([prediction["pred_boxes"] for prediction in predictions]),
+    )
+    torch.testing.assert_close(outputs.loss, expected)
+    for name, value in outputs.loss_dict.items():
+        torch.testing.assert_close(value, expected_dict[name])
+    without = nano_detector(class_loss_coefficient=1, auxiliary_loss=False)(images(2, 3, 64, 64), labels=labels)
+    assert set(without.loss_dict) == {"loss_ce", "loss_bbox", "loss_giou"}
+
+
+@pytest.mark.parametrize("counts", [(2, 0), (0, 0), (300, 1)])
+def test_any_number_of_objects_trains_every_parameter(counts):
+    model = nano_detector().train()
+    loss = model(images(2, 3, 64, 64), labels=targets(*counts)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+
+
+def test_the_order_of_the_objects_does_not_matter():
+    model, pixel_values, (label,) = nano_detector(), images(1, 3, 64, 64), targets(6)
+    order = torch.randperm(6)
+    turned = {name: tensor[order] for name, tensor in label.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values, labels=[label]).loss, model(pixel_values, labels=[turned]).loss)
+
+
+def test_identical_boxes_and_boxes_at_the_border():
+    boxes = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.5, 0.5, 1.0, 1.0], [0.05, 0.95, 0.1, 0.1], [0.98, 0.02, 0.04, 0.04]])
+    label = {"class_labels": torch.tensor([1, 1, 0, 4]), "boxes": boxes}
+    assert torch.isfinite(nano_detector()(images(1, 3, 64, 64), labels=[label]).loss)
+
+
+def test_the_box_loss_shapes_the_clusters():
+    model = nano_detector().train()
+    outputs = model(images(1, 3, 64, 64), labels=targets(3))
+    (outputs.loss_dict["loss_bbox"] + outputs.loss_dict["loss_giou"]).backward()
+    clustering = model.decoder.layers[-1].clustering
+    for parameter in (
+        clustering.query.weight,
+        clustering.key.weight,
+        clustering.logit_scale,
+        clustering.spatial_weight,
+    ):
+        assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_is_finite_and_close(dtype):
+    model, pixel_values, labels = nano_detector(), images(1, 3, 64, 64), targets(2)
+    with torch.no_grad():
+        expected = model(pixel_values)
+    with torch.autocast("cpu", dtype):
+        outputs = model(pixel_values, labels=labels)
+    assert torch.isfinite(outputs.loss)
+    torch.testing.assert_close(outputs.pred_boxes.float(), expected.pred_boxes, rtol=0, atol=0.1)
+
+
+def test_training_on_one_picture_finds_its_boxes():
+    model = nano_detector(initializer_range=0.06).train()
+    pixel_values, labels = torch.full((1, 3, 64, 64), -1.0), targets(0)
+    pixel_values[:, 0, 8:32, 6:28] = 1.0
+    pixel_values[:, 1, 36:58, 30:62] = 1.0
+    corners = torch.tensor([[6, 8, 28, 32], [30, 36, 62, 58]]) / 64
+    boxes = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], dim=-1)
+    labels = [{"class_labels": torch.tensor([0, 1]), "boxes": boxes}]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(pixel_values, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    with torch.no_grad():
+        outputs = model.eval()(pixel_values)
+    for label, box in enumerate(boxes):
+        best = outputs.logits[0, :, label].argmax()
+        torch.testing.assert_close(outputs.pred_boxes[0, best], box, rtol=0, atol=0.06)
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "label, message",
+    [
+        ({"class_labels": torch.tensor([5]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, r"in \[0, 5\).*got \[5\]"),
+        ({"class_labels": torch.tensor([-1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, r"got \[-1\]"),
+        ({"class_labels": torch.tensor([1]), "boxes": torch.tensor([[10.0, 20.0, 30.0, 40.0]])}, "no pixels"),
+        ({"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.1, 0.2, 0.9, 0.8]])}, "looks like corners"),
+        ({"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, math.nan, 0.2]])}, "0.5, nan, 0.2"),
+        ({"class_labels": torch.tensor([1, 2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, r"shape \(2, 4\)"),
+        ({"class_labels": torch.tensor([1.0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, "integers"),
+        ({"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, r"labels\[0\]` lacks class_labels"),
+    ],
+)
+def test_wrong_labels_are_named(label, message):
+    with pytest.raises(ValueError, match=message):
+        nano_detector()(images(1, 3, 64, 64), labels=[label])
+
+
+@pytest.mark.parametrize("labels, message", [(torch.zeros(1), "got Tensor"), ([], "each of the 1 images, got 0")])
+def test_labels_are_a_list_of_dicts(labels, message):
+    with pytest.raises(ValueError, match=message):
+        nano_detector()(images(1, 3, 64, 64), labels=labels)
+
+
+# ---- saving, checkpointing, compiling --------------------------------------------------------------------------------
+
+
+def test_the_backbone_of_a_classifier_is_taken_over(tmp_path):
+    classifier = ClusterFormerForImageClassification(ClusterFormerConfig(**NANO))
+    classifier.save_pretrained(tmp_path)
+    model, report = ClusterFormerForObjectDetection.from_pretrained(tmp_path, output_loading_info=True)
+    for name, tensor in model.clusterformer.state_dict().items():
+        assert torch.equal(tensor, classifier.clusterformer.state_dict()[name]), name
+    assert all(not key.startswith("clusterformer.") for key in report["missing_keys"])
+
+
+def test_save_and_load_is_bit_exact(tmp_path):
+    model, pixel_values = nano_detector(), images(1, 3, 64, 64)
+    model.save_pretrained(tmp_path)
+    reloaded = ClusterFormerForObjectDetection.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        outputs, again = model(pixel_values), reloaded(pixel_values)
+    assert torch.equal(outputs.logits, again.logits) and torch.equal(outputs.pred_boxes, again.pred_boxes)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = nano_detector().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(images(2, 3, 64, 64), labels=targets(2, 1)).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_without_a_break():
+    model, pixel_values = nano_detector(decoder_layers=1, decoder_num_iterations=1), images(1, 3, 64, 64)
+    with torch.no_grad():
+        outputs = model(pixel_values)
+        compiled = torch.compile(model, fullgraph=True)(pixel_values)
+    torch.testing.assert_close(compiled.logits, outputs.logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(compiled.pred_boxes, outputs.pred_boxes, rtol=0, atol=1e-4)
+
+
+def test_exported():
+    model, pixel_values = nano_detector(decoder_layers=1), images(1, 3, 64, 64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (), {"pixel_values": pixel_values}, strict=False).module()
+        outputs, again = model(pixel_values), exported(pixel_values=pixel_values)
+    torch.testing.assert_close(again.logits, outputs.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(again.pred_boxes, outputs.pred_boxes, rtol=0, atol=1e-5)
