@@ -146,7 +146,9 @@ def test_boxes_are_cut_to_the_picture_and_empty_ones_dropped(data, tmp_path, cap
 
 def test_nothing_is_said_of_sound_boxes(tmp_path, caplog):
     sound = content()
-    sound["annotations"] = [annotation(1, 42, 3, [59.9, 0.1, 0.1, 39.9])]  # 59.9 + 0.1 may be above 60
+    x, w = map(float, np.float32([59.9, 0.1]))
+    assert x + w > 60
+    sound["annotations"] = [annotation(1, 42, 3, [x, 0, w, 40])]
     with caplog.at_level(logging.WARNING):
         assert read_coco(*write(tmp_path, sound)).box_counts() == {"clamped": 0, "dropped": 0}
     assert not caplog.records
@@ -350,6 +352,14 @@ def test_objects_of_the_datasets_library(kind, records):
     assert example["labels"]["orig_size"].tolist() == [40, 60] and len(example["labels"]["boxes"]) == 0
 
 
+def test_words_become_numbers_in_alphabetical_order():
+    words = ["owl", "ant", "cow", "bee", "elk", "fox", "gnu"]
+    rows = object_rows([{"bbox": [[0, 0, 9, 9]] * 7, "category": words}], columns_of(Value("string")))
+    data = read_objects(DatasetDict(train=rows), "pets")["train"]
+    assert data.class_names == sorted(words)
+    assert [data.class_names[label] for label in data.targets(0)[1]] == words
+
+
 def test_objects_with_all_columns():
     """Ids of objects may start anew in each picture; sizes are taken from the columns."""
     feature = columns_of(ClassLabel(names=["cat"])) | {name: List(Value("int64")) for name in ("id", "area", "iscrowd")}
@@ -522,8 +532,10 @@ def test_random_sizes(data):
     widths = [width for _, width in shapes]
     assert min(widths) == 24 and max(widths) == 48
     assert all(height == pytest.approx(width * 5 / 3, abs=1) and height <= 80 for height, width in shapes)
-    limited = random_resize(DeformableDetrImageProcessor(size={"shortest_edge": 48, "longest_edge": 60}), 0.9, 2.0)
-    assert max(limited(torch.zeros(3, 50, 30)).shape) <= 120
+    processor = DeformableDetrImageProcessor(size={"shortest_edge": 48, "longest_edge": 60})
+    for largest, limit in ((0.9, 60), (2.0, 120)):
+        resize = random_resize(processor, 0.9, largest)
+        assert max(max(resize(torch.zeros(3, 90, 30)).shape) for _ in range(30)) == limit
     with pytest.raises(ValueError, match="max_height"):
         random_resize(DeformableDetrImageProcessor(size={"max_height": 8, "max_width": 8}), 1, 1)
 
@@ -533,6 +545,14 @@ def test_other_image_processors(data):
     processor = RTDetrImageProcessor(size={"height": 32, "width": 64})
     for examples in (dataset(data, processor=processor), dataset(data, {"crop": 1.0}, processor=processor)):
         assert examples[0]["pixel_values"].shape == (3, 32, 64)
+
+
+def test_image_processors_do_not_pad(data):
+    """The collator does, so that boxes stay shares of the picture."""
+    padding = DeformableDetrImageProcessor(size=PROCESSOR.size, pad_size={"height": 128, "width": 128})
+    for args in (None, {}):
+        padded, plain = dataset(data, args, processor=padding)[1], dataset(data, args)[1]
+        torch.testing.assert_close(padded["pixel_values"], plain["pixel_values"])
 
 
 @pytest.fixture(scope="module")

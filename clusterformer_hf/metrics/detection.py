@@ -41,8 +41,6 @@ from ..data.detection_data import DetectionData, listed
 MAX_BOXES = 100
 # The order of pycocotools' statistics; each in [0, 1], or -1 where there is no box to find.
 STATISTICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-# Below every score that a model gives; where processes have different numbers of boxes, Trainer pads logits with -100.
-MIN_SCORE = 1e-30
 
 
 def set_up_evaluation(args: TrainingArguments) -> TrainingArguments:
@@ -74,7 +72,7 @@ class DetectionPostProcessor:
         logits, boxes = [output.float() for output in outputs if isinstance(output, torch.Tensor)][:2]
         detections = self.image_processor.post_process_object_detection(
             SimpleNamespace(logits=logits, pred_boxes=boxes),
-            threshold=MIN_SCORE,
+            threshold=0.0,  # where processes have different numbers of boxes, Trainer adds some of logit -100
             target_sizes=torch.stack([label["orig_size"] for label in labels]),
             top_k=MAX_BOXES,
         )
