@@ -201,6 +201,12 @@ def test_trainer_gives_the_numbers_of_pycocotools(batch_size, data, expected, tm
         assert metrics_of(trainer.evaluate()) == expected
 
 
+def test_fast_numbers_are_the_same(data, expected, tmp_path):
+    trainer = trainer_for(data, tmp_path)
+    trainer.compute_metrics = DetectionMetric(data, CLASS_IDS, fast=True)
+    assert metrics_of(trainer.evaluate()) == pytest.approx(expected, rel=1e-12)
+
+
 def test_two_processes(folder, data, expected, tmp_path):
     """The last batch is filled up with pictures that were there before."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -302,13 +308,14 @@ BY_HAND = {
 }
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("ground_truth, results, values", BY_HAND.values(), ids=BY_HAND)
-def test_numbers_worked_by_hand(ground_truth, results, values, capsys):
-    metrics = average_precision(ground_truth, results)
+def test_numbers_worked_by_hand(ground_truth, results, values, fast, capfd):
+    metrics = average_precision(ground_truth, results, fast)
     assert {name: metrics[name] for name in values} == pytest.approx(values)
     assert list(metrics)[:12] == list(STATISTICS)
     assert {name for name in metrics if name.startswith("AP_")} <= {"AP_thing", "AP_a"}
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_boxes_in_a_crowd_are_neither_right_nor_wrong():

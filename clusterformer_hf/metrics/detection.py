@@ -97,13 +97,14 @@ class DetectionMetric:
     Args:
         data: The pictures that are evaluated, all of them and no others: use `data.select` for a part.
         class_ids: The model's id of each class, as `match_categories` finds it.
+        fast: See [`average_precision`].
 
     Attributes:
         detections: The boxes of the last evaluation by image id, for [`write_coco_results`].
     """
 
-    def __init__(self, data: DetectionData, class_ids: list[int]):
-        self.data = data
+    def __init__(self, data: DetectionData, class_ids: list[int], fast: bool = False):
+        self.data, self.fast = data, fast
         self.category_of = dict(zip(class_ids, data.category_ids))
         self.image_ids = set(data.image_ids.tolist())
         self.detections = {}
@@ -122,7 +123,8 @@ class DetectionMetric:
             return {}
         self._finished = True
         self._check_image_ids()
-        return average_precision(self.data.ground_truth(), coco_results(self.detections.values(), self.category_of))
+        results = coco_results(self.detections.values(), self.category_of)
+        return average_precision(self.data.ground_truth(), results, self.fast)
 
     def _check_image_ids(self):
         unknown = sorted(self.detections.keys() - self.image_ids)
@@ -163,25 +165,32 @@ def write_coco_results(path: str | Path, detections: Iterable[dict], category_of
     Path(path).write_text(json.dumps(coco_results(detections, category_of)) + "\n", encoding="utf-8")
 
 
-def average_precision(ground_truth: dict, results: list[dict]) -> dict[str, float]:
+def average_precision(ground_truth: dict, results: list[dict], fast: bool = False) -> dict[str, float]:
     """
     COCO's statistics, computed by pycocotools.
 
     Args:
         ground_truth: Images, annotations and categories as in COCO's files. No annotation may have id 0.
         results: As [`coco_results`] returns them.
+        fast: Use faster-coco-eval: the same numbers but for rounding, ten times as fast on large data sets.
 
     Returns:
         `STATISTICS`, and `AP_<class>` for each class that has boxes to find.
     """
-    from pycocotools.cocoeval import COCOeval  # of the extra "train"
-
     detections = [
         result | {"id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
         for number, result in enumerate(results, start=1)
     ]
+    # Of the extra "train".
+    if fast:
+        from faster_coco_eval import COCO
+        from faster_coco_eval import COCOeval_faster as COCOeval
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(_coco(ground_truth), _coco(ground_truth | {"annotations": detections}), "bbox")
+        truth, found = _index(COCO(), ground_truth), _index(COCO(), ground_truth | {"annotations": detections})
+        evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -196,10 +205,7 @@ def average_precision(ground_truth: dict, results: list[dict]) -> dict[str, floa
     return metrics
 
 
-def _coco(content: dict):
-    from pycocotools.coco import COCO
-
-    coco = COCO()
+def _index(coco, content: dict):
     coco.dataset = content
     coco.createIndex()
     return coco
