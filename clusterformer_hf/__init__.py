@@ -13,16 +13,7 @@
 # limitations under the License.
 """ClusterFormer for Hugging Face Transformers. Importing this package registers its Auto classes."""
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForObjectDetection,
-    AutoModelForSemanticSegmentation,
-    AutoModelForUniversalSegmentation,
-)
-
+from .auto_clusterformer import register
 from .configuration_clusterformer import ClusterFormerConfig
 from .modeling_clusterformer import (
     ClusterFormerBackbone,
@@ -37,19 +28,7 @@ from .modeling_clusterformer import (
 
 __version__ = "0.1.0"
 
-AutoConfig.register(ClusterFormerConfig.model_type, ClusterFormerConfig, exist_ok=True)
-for auto_class, model_class in (
-    (AutoModel, ClusterFormerModel),
-    (AutoBackbone, ClusterFormerBackbone),
-    (AutoModelForImageClassification, ClusterFormerForImageClassification),
-    (AutoModelForObjectDetection, ClusterFormerForObjectDetection),
-    (AutoModelForSemanticSegmentation, ClusterFormerForSemanticSegmentation),
-    (AutoModelForUniversalSegmentation, ClusterFormerForUniversalSegmentation),
-):
-    auto_class.register(ClusterFormerConfig, model_class, exist_ok=True)
-    # `save_pretrained` then puts the modelling files next to the weights: the folder loads without this package.
-    model_class.register_for_auto_class(auto_class.__name__)
-ClusterFormerConfig.register_for_auto_class()
+register()
 
 __all__ = [
     "ClusterFormerBackbone",
