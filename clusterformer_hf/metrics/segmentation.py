@@ -41,6 +41,8 @@ class SegmentationTrainer(ClusterFormerTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         targets = self._prepare_input(inputs.pop("targets", None))
+        # Models that take labels in two forms would need both for a loss.
+        self.label_names = [name for name in self.label_names if name in inputs]
         loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return loss, outputs, labels if targets is None or prediction_loss_only else targets
 
@@ -49,8 +51,9 @@ class PostProcessor:
     """
     Trainer's `preprocess_logits_for_metrics`: what a metric counts, read from the model's outputs image by image.
 
-    Takes the outputs, of which the first `num_outputs` tensors are read, and the batch's `targets`; that list is
-    emptied. Returns for each picture a dict of `image_id`, an int, and what `read` returns, tensors as arrays.
+    Takes the outputs, of which the first `num_outputs` tensors with three axes or more are read, and the batch's
+    `targets`; that list is emptied. Returns for each picture a dict of `image_id`, an int, and what `read` returns,
+    tensors as arrays.
 
     For `Trainer.evaluate`. `Trainer.predict` takes no arrays.
     """
@@ -73,8 +76,9 @@ class PostProcessor:
                 "without a seed for evaluation."
             )
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-        # Trainer drops outputs that are None; auxiliary logits and parts of the loss are lists and dicts.
-        tensors = [output.float() for output in outputs if isinstance(output, torch.Tensor)][: self.num_outputs]
+        # Trainer drops outputs that are None; losses and auxiliary logits may come along.
+        tensors = [output.float() for output in outputs if isinstance(output, torch.Tensor) and output.ndim > 2]
+        tensors = tensors[: self.num_outputs]
         found = []
         for row, target in enumerate(map(_without_padding, targets)):
             logits = [real_area(tensor[row], target) if tensor.ndim == 4 else tensor[row] for tensor in tensors]
