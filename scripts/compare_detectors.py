@@ -1,0 +1,331 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+How fast detectors of one size learn: ClusterFormer beside DETR, Deformable DETR and RT-DETR, all from scratch.
+
+    python scripts/compare_detectors.py --models clusterformer rt_detr --seeds 0 --cpu_minutes 60
+
+Every model sees digit scenes in the same order with the same augmentation, in batches of one size, for the same budget
+of processor time (60 minutes are half an hour on two cores), which other work on the machine does not shorten. The
+learning rate falls to zero over the budget. Each finished run is added to `--output`, so runs may be done one by one,
+in any order and on several days; a run that is in the file is not repeated. The table is made from the file.
+"""
+
+import json
+import math
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from statistics import mean
+
+import torch
+import transformers
+from torchvision import tv_tensors
+from torchvision.ops import box_convert
+from torchvision.transforms import v2
+from transformers import (
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    DeformableDetrImageProcessor,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
+    HfArgumentParser,
+    PreTrainedModel,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrImageProcessor,
+    RTDetrResNetConfig,
+    set_seed,
+)
+
+from clusterformer_hf import ClusterFormerConfig, ClusterFormerForObjectDetection
+from clusterformer_hf.data.digit_scenes import Scene, load_digits, scene_at
+from clusterformer_hf.metrics.detection import average_precision
+
+
+WIDTHS, DEPTHS, DIM, HEADS, LAYERS, QUERIES = [32, 64, 128, 160], [1, 1, 2, 1], 96, 4, 3, 36
+TRANSFORMER = {
+    "d_model": DIM,
+    "encoder_ffn_dim": 2 * DIM,
+    "decoder_ffn_dim": 2 * DIM,
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "decoder_layers": LAYERS,
+    "num_queries": QUERIES,
+    "num_labels": 10,
+}
+
+
+@dataclass
+class Arguments:
+    models: list[str] = field(
+        default_factory=lambda: list(MODELS), metadata={"help": "clusterformer, detr, deformable_detr, rt_detr."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the weights and the order."})
+    cpu_minutes: float = field(default=60.0, metadata={"help": "Processor time for training a model, all cores."})
+    size: int = field(default=96, metadata={"help": "Side of the scenes in pixels."})
+    num_train: int = field(default=3000, metadata={"help": "Training scenes."})
+    num_test: int = field(default=300, metadata={"help": "Test scenes."})
+    batch_size: int = field(default=16, metadata={"help": "Scenes a step."})
+    num_evaluations: int = field(default=6, metadata={"help": "Points of the learning curve, the last included."})
+    output: Path = field(default=Path("outputs/compare_detectors.json"), metadata={"help": "Results file, added to."})
+
+
+def clusterformer(size: int) -> PreTrainedModel:
+    config = ClusterFormerConfig(
+        image_size=size,
+        patch_size=2,
+        hidden_sizes=WIDTHS,
+        depths=DEPTHS,
+        num_attention_heads=[1, 2, 4, 5],
+        center_grid=[6, 6, 6, 6],
+        initializer_range=0.06,
+        decoder_hidden_size=DIM,
+        decoder_layers=LAYERS,
+        decoder_attention_heads=HEADS,
+        decoder_ffn_dim=2 * DIM,
+        decoder_num_iterations=1,
+        num_labels=10,
+    )
+    return ClusterFormerForObjectDetection(config)
+
+
+def resnet(**kwargs) -> ResNetConfig:
+    return ResNetConfig(embedding_size=32, hidden_sizes=WIDTHS, depths=DEPTHS, layer_type="basic", **kwargs)
+
+
+def detr(size: int) -> PreTrainedModel:
+    backbone = resnet(out_features=["stage4"])
+    return DetrForObjectDetection(DetrConfig(backbone_config=backbone, encoder_layers=LAYERS, **TRANSFORMER))
+
+
+def deformable_detr(size: int) -> PreTrainedModel:
+    config = DeformableDetrConfig(
+        backbone_config=resnet(out_features=["stage2", "stage3", "stage4"]),
+        encoder_layers=1,
+        num_feature_levels=3,
+        with_box_refine=True,
+        **TRANSFORMER,
+    )
+    return DeformableDetrForObjectDetection(config)
+
+
+def rt_detr(size: int) -> PreTrainedModel:
+    backbone = RTDetrResNetConfig(
+        embedding_size=32,
+        hidden_sizes=WIDTHS,
+        depths=DEPTHS,
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = RTDetrConfig(
+        backbone_config=backbone,
+        encoder_in_channels=WIDTHS[1:],
+        encoder_hidden_dim=DIM,
+        decoder_in_channels=[DIM] * 3,
+        hidden_expansion=0.5,
+        num_denoising=20,
+        freeze_backbone_batch_norms=False,
+        **TRANSFORMER,
+    )
+    return RTDetrForObjectDetection(config)
+
+
+# Model, learning rate, and the processor that reads its outputs.
+MODELS = {
+    "clusterformer": (clusterformer, 1e-3, DeformableDetrImageProcessor),
+    "detr": (detr, 5e-4, DetrImageProcessor),
+    "deformable_detr": (deformable_detr, 5e-4, DeformableDetrImageProcessor),
+    "rt_detr": (rt_detr, 5e-4, RTDetrImageProcessor),
+}
+
+
+class Scenes(torch.utils.data.Dataset):
+    """Digit scenes in memory; `augmented` changes size, place and colours and is seeded by torch's random numbers."""
+
+    def __init__(self, split: str, number: int, size: int):
+        digits, labels = load_digits(split)
+        self.scenes = [scene_at(split, i, digits, labels, size=size) for i in range(number)]
+        self.size = size
+        self.augment = v2.Compose(
+            [
+                v2.RandomChannelPermutation(),
+                v2.ScaleJitter(target_size=(size, size), scale_range=(0.8, 1.25), antialias=False),
+                v2.RandomCrop(size, pad_if_needed=True, fill=127),
+                v2.ClampBoundingBoxes(),
+                v2.SanitizeBoundingBoxes(min_size=3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def inputs(self, index: int) -> dict:
+        """`pixel_values` (3, size, size) and `labels` of a scene as it is."""
+        return self._normalise(*self._tensors(self.scenes[index]))
+
+    def __getitem__(self, index: int) -> dict:
+        sample = dict(zip(("image", "boxes", "labels"), self._tensors(self.scenes[index])))
+        sample = self.augment(sample)
+        return self._normalise(sample["image"], sample["boxes"], sample["labels"])
+
+    def _tensors(self, scene: Scene):
+        image = tv_tensors.Image(torch.from_numpy(scene.image).permute(2, 0, 1))
+        boxes = torch.from_numpy(scene.boxes).float()
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=(self.size, self.size))
+        return image, boxes, torch.from_numpy(scene.labels)
+
+    def _normalise(self, image, boxes, labels) -> dict:
+        boxes = box_convert(boxes.as_subclass(torch.Tensor), "xywh", "cxcywh") / self.size
+        pixels = (image.as_subclass(torch.Tensor).float() / 255 - 0.45) / 0.25
+        return {"pixel_values": pixels, "labels": {"class_labels": labels, "boxes": boxes}}
+
+
+def collate(examples: list[dict]) -> dict:
+    pixel_values = torch.stack([example["pixel_values"] for example in examples])
+    return {"pixel_values": pixel_values, "labels": [example["labels"] for example in examples]}
+
+
+def ground_truth(test: Scenes) -> dict:
+    """The test scenes in COCO's format."""
+    annotations = []
+    for image_id, scene in enumerate(test.scenes):
+        for label, box in zip(scene.labels.tolist(), scene.boxes.tolist()):
+            area = box[2] * box[3]
+            row = {"image_id": image_id, "category_id": label, "bbox": box, "area": area, "iscrowd": 0}
+            annotations.append({"id": len(annotations) + 1, **row})
+    images = [{"id": i, "height": test.size, "width": test.size} for i in range(len(test))]
+    categories = [{"id": label, "name": str(label)} for label in range(10)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, processor, test: Scenes) -> dict[str, float]:
+    model.eval()
+    results = []
+    for start in range(0, len(test), 50):
+        indices = range(start, min(start + 50, len(test)))
+        outputs = model(torch.stack([test.inputs(i)["pixel_values"] for i in indices]))
+        sizes = torch.tensor([[test.size, test.size]] * len(indices))
+        detections = processor.post_process_object_detection(outputs, threshold=1e-6, target_sizes=sizes)
+        for i, detection in zip(indices, detections):
+            boxes = box_convert(detection["boxes"], "xyxy", "xywh").tolist()
+            for score, label, box in zip(detection["scores"].tolist(), detection["labels"].tolist(), boxes):
+                results.append({"image_id": i, "category_id": label, "score": score, "bbox": box})
+    model.train()
+    statistics = average_precision(ground_truth(test), results)
+    return {name: statistics[name] for name in ("AP", "AP50", "AP75")}
+
+
+def train(name: str, seed: int, args: Arguments, train_scenes: Scenes, test_scenes: Scenes) -> dict:
+    """Trains a model within the budget; returns its learning curve and what it cost."""
+    build, learning_rate, processor_class = MODELS[name]
+    set_seed(seed)
+    model, processor = build(args.size).train(), processor_class()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=learning_rate
+    )
+    sampler = torch.utils.data.RandomSampler(train_scenes, generator=torch.Generator().manual_seed(seed))
+    loader = torch.utils.data.DataLoader(
+        train_scenes, args.batch_size, sampler=sampler, collate_fn=collate, drop_last=True
+    )
+    budget, spent, samples, curve, start = 60 * args.cpu_minutes, 0.0, 0, [], time.perf_counter()
+    while spent < budget:
+        for batch in loader:
+            clock = time.process_time()
+            progress = spent / budget
+            warm_up = min(1.0, (samples + args.batch_size) / (150 * args.batch_size))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            samples += args.batch_size
+            spent += time.process_time() - clock
+            if spent >= budget * (len(curve) + 1) / args.num_evaluations:
+                curve.append({"samples": samples, "cpu_minutes": spent / 60, **evaluate(model, processor, test_scenes)})
+                print(name, seed, curve[-1], flush=True)
+            if spent >= budget:
+                break
+    return {
+        "model": name,
+        "seed": seed,
+        "size": args.size,
+        "cpu_minutes": args.cpu_minutes,
+        "parameters": model.num_parameters(),
+        "learning_rate": learning_rate,
+        "minutes": (time.perf_counter() - start) / 60,
+        "curve": curve,
+        "machine": {
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def markdown(runs: list[dict]) -> str:
+    """One line a model: means over its seeds at the end of the budget, and AP along the way."""
+    lines = [
+        "| model | parameters | samples seen | seeds | AP | AP50 | AP75 | AP along the way |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(run["model"] for run in runs):
+        own = [run for run in runs if run["model"] == name]
+        last = [run["curve"][-1] for run in own]
+        along = [mean(point["AP"] for point in points) for points in zip(*(run["curve"][:-1] for run in own))]
+        cells = [
+            name,
+            f"{own[0]['parameters'] / 1e6:.2f}M",
+            f"{mean(point['samples'] for point in last):,.0f}",
+            str(len(own)),
+            *(f"{mean(point[key] for point in last):.3f}" for key in ("AP", "AP50", "AP75")),
+            " ".join(f"{value:.3f}" for value in along),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    unknown = [name for name in args.models if name not in MODELS]
+    if unknown:
+        raise ValueError(f"--models {unknown}: choose from {list(MODELS)}.")
+    runs = json.loads(args.output.read_text()) if args.output.exists() else []
+    settings = {"size": args.size, "cpu_minutes": args.cpu_minutes}
+    done = {(run["model"], run["seed"]) for run in runs if settings.items() <= run.items()}
+    train_scenes, test_scenes = Scenes("train", args.num_train, args.size), Scenes("test", args.num_test, args.size)
+    for seed in args.seeds:
+        for name in args.models:
+            if (name, seed) in done:
+                continue
+            runs.append(train(name, seed, args, train_scenes, test_scenes))
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(runs, indent=2) + "\n")
+    print(markdown([run for run in runs if settings.items() <= run.items()]))
+
+
+if __name__ == "__main__":
+    main()
