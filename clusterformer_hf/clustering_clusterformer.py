@@ -29,9 +29,16 @@ from .configuration_clusterformer import ClusterFormerConfig, as_pair
 MIN_EXTENT, MAX_EXTENT = 0.02, 0.5
 # Least mass that an M-step divides by, in pixels: a centre without pixels becomes zero and its gradient stays finite.
 MIN_MASS = 1e-6
+# Least norm that a feature is divided by, as in `F.normalize`.
+MIN_NORM = 1e-12
 
 
-def expectation(keys, queries, place, positions, spatial_weight, center_mask=None) -> torch.Tensor:
+def runs_eagerly_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether the fastest way for a CPU may be chosen by the sizes, which a compiled or exported graph must not do."""
+    return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def expectation(keys, queries, place, positions, spatial_weight, center_mask=None, out=None) -> torch.Tensor:
     """
     E-step: every pixel distributes itself over the centres by feature and position.
 
@@ -39,33 +46,35 @@ def expectation(keys, queries, place, positions, spatial_weight, center_mask=Non
         keys (`torch.Tensor` of shape `(batch, heads, height * width, d)`): Pixel features.
         queries (`torch.Tensor` of shape `(batch, heads, K, d)`): Centre features, scaled by the temperature.
         place (`tuple[torch.Tensor, torch.Tensor]`):
-            Mean and variance of each centre's position, `(batch, heads, K, 2)`, rows first.
+            Mean and variance of each centre's position, `(batch, heads, 2, K)`, rows first.
         positions (`tuple[torch.Tensor, torch.Tensor]`):
             Positions of the rows (1 or batch, height) and of the columns (1 or batch, width).
         spatial_weight (`torch.Tensor` of shape `(heads, 1, 1)` or `None`):
             How much position counts beside features; `None` leaves it out.
         center_mask (`torch.Tensor` of shape `(batch, 1, 1, K)`, *optional*): 0 at centres, -inf at surplus ones.
+        out (`torch.Tensor` of shape `(batch, heads, height * width, K)`, *optional*): Memory for the result.
 
     Returns:
         `torch.Tensor` of shape `(batch, heads, height * width, K)` that sums to 1 over K.
     """
     if spatial_weight is None:
-        logits = keys @ queries.mT
-        logits = logits if center_mask is None else logits + center_mask
-    else:
-        # The Gaussian is separable: a table of rows and one of columns, exact where its expansion in moments cancels.
-        mean, variance = place
-        weight = -0.5 * spatial_weight / variance
-        rows, columns = (
-            (position[:, None, :, None] - mean[:, :, None, :, axis]).square() * weight[:, :, None, :, axis]
-            for axis, position in enumerate(positions)
-        )
-        rows = rows if center_mask is None else rows + center_mask
-        rows = rows.expand(keys.shape[0], -1, -1, -1)
-        gaussian = (rows[:, :, :, None] + columns[:, :, None]).flatten(2, 3).flatten(0, 1)
-        add_product = torch.baddbmm if gaussian.requires_grad else torch.Tensor.baddbmm_
-        logits = add_product(gaussian, keys.flatten(0, 1), queries.flatten(0, 1).mT).unflatten(0, keys.shape[:2])
-    return logits.softmax(dim=-1)
+        logits = torch.matmul(keys, queries.mT, out=out)
+        logits = logits if center_mask is None else torch.add(logits, center_mask, out=out)
+        return torch.softmax(logits, dim=-1, out=out)
+    # The Gaussian is separable: a table of rows and one of columns, exact where its expansion in moments cancels.
+    mean, variance = place
+    weight = -0.5 * spatial_weight / variance
+    rows, columns = (
+        (position[:, None, :, None] - mean[:, :, axis, None]).square() * weight[:, :, axis, None]
+        for axis, position in enumerate(positions)
+    )
+    rows = rows if center_mask is None else rows + center_mask
+    rows = rows.expand(keys.shape[0], -1, -1, -1)
+    grid = None if out is None else out.view(*rows.shape[:3], columns.shape[2], -1)
+    gaussian = torch.add(rows[:, :, :, None], columns[:, :, None], out=grid)
+    out = None if out is None else out.flatten(0, 1)
+    logits = torch.baddbmm(gaussian.flatten(2, 3).flatten(0, 1), keys.flatten(0, 1), queries.flatten(0, 1).mT, out=out)
+    return torch.softmax(logits, dim=-1, out=out).unflatten(0, keys.shape[:2])
 
 
 def maximization(assignments, values, positions, pixel_extent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -81,23 +90,20 @@ def maximization(assignments, values, positions, pixel_extent) -> tuple[torch.Te
             is part of a cluster's, so that n pixels in a row have the variance of a bar n pixels long.
 
     Returns:
-        Centres (batch, heads, K, d), means and variances of their positions (batch, heads, K, 2).
+        Centres (batch, heads, K, d), means and variances of their positions (batch, heads, 2, K).
     """
-    rows, columns = positions
-    positions = rows[:, None, :, None], columns[:, None, :, None]
-    grid = assignments.unflatten(2, (rows.shape[-1], columns.shape[-1]))
+    grid = assignments.unflatten(2, [position.shape[-1] for position in positions])
     marginals = grid.sum(dim=3), grid.sum(dim=2)  # (batch, heads, height, K) and (batch, heads, width, K)
     mass = marginals[0].sum(dim=2, keepdim=True).clamp_min(MIN_MASS)
     centers = assignments.mT @ values / mass.mT
-    mean = weighted_sums(marginals, positions) / mass
-    deviations = ((position - mean[:, :, axis, None]).square() for axis, position in enumerate(positions))
-    variance = weighted_sums(marginals, deviations) / mass + pixel_extent.square()[:, None, :, None] / 12
-    return centers, mean.mT, variance.clamp(MIN_EXTENT**2, MAX_EXTENT**2).mT
-
-
-def weighted_sums(weights, tables) -> torch.Tensor:
-    """Sums of tables of rows and of columns, (batch, heads, side, K) each, under weights: (batch, heads, 2, K)."""
-    return torch.stack([(weight * table).sum(dim=2) for weight, table in zip(weights, tables)], dim=2)
+    means, squares = [], []
+    for marginal, position in zip(marginals, positions):
+        position = position[:, None, :, None]
+        means.append((marginal * position).sum(dim=2, keepdim=True) / mass)
+        squares.append((marginal * (position - means[-1]).square()).sum(dim=2, keepdim=True))
+    own = pixel_extent.square()[:, None, :, None] / 12
+    variance = torch.addcdiv(own, torch.cat(squares, dim=2), mass).clamp(MIN_EXTENT**2, MAX_EXTENT**2)
+    return centers, torch.cat(means, dim=2), variance
 
 
 def split_heads(features: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -131,24 +137,20 @@ class StageGeometry:
 
         grid = tuple(min(entry, side) for entry, side in zip(center_grid, self.sample_size))
         grid_sizes = sample_sizes.clamp(max=torch.tensor(grid, device=like.device))
-        pooling, centers, variances, valid = [], [], [], []
-        for axis in range(2):
-            bins = torch.arange(grid[axis], device=like.device)[None]
-            count, side = grid_sizes[:, axis, None], sample_sizes[:, axis, None]
-            pooling.append(averaging_matrix(bins, count, side, self.sample_size[axis], dtype))
-            centers.append((bins + 0.5).to(dtype) / count)
-            variances.append(
-                (0.5 / count.to(dtype)).square().clamp(MIN_EXTENT**2, MAX_EXTENT**2).expand(-1, grid[axis])
-            )
-            valid.append(bins < count)
-        self.pooling = pooling
-        self.mean = grid_of_pairs(*centers)[:, None]  # (1 or batch, 1, K, 2)
-        self.variance = grid_of_pairs(*variances)[:, None]
+        bins = [torch.arange(length, device=like.device)[None] for length in grid]
+        counts = grid_sizes.unsqueeze(-1).unbind(dim=1)
+        self.mean = grid_of_pairs(*((index + 0.5).to(dtype) / count for index, count in zip(bins, counts)))[:, None]
+        variance = (0.5 / grid_sizes.to(dtype)).square().clamp(MIN_EXTENT**2, MAX_EXTENT**2)
+        self.variance = variance[:, None, None].expand_as(self.mean)  # (1 or batch, 1, K, 2), as the means
         self.num_centers = grid_sizes.prod(dim=-1).to(dtype)[:, None, None, None]
         self.center_mask = None
         if sizes is not None:
-            valid = grid_of_pairs(*valid).all(dim=-1)[:, None, None]  # (batch, 1, 1, K)
+            valid = grid_of_pairs(*(index < count for index, count in zip(bins, counts))).all(dim=-1)[:, None, None]
             self.center_mask = torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, float("-inf"))
+        self.pooling = [
+            averaging_matrix(bins[axis], counts[axis], sample_sizes[:, axis, None], self.sample_size[axis], dtype)
+            for axis in range(2)
+        ]
         self.dtype = dtype
         self.sample_positions = self.positions(sampled=True)
 
@@ -239,7 +241,7 @@ class ClusterFormerRecurrentClustering(nn.Module):
 
         Returns:
             The update of the map, in its shape, and the final clusters: centres (batch, heads, K, d), means and
-            variances (batch, heads, K, 2) of their positions in [0, 1].
+            variances (batch, heads, 2, K) of their positions in [0, 1].
         """
         clusters = self.cluster(features, geometry)
         return self.dispatch(features, clusters[0], geometry), clusters
@@ -255,9 +257,13 @@ class ClusterFormerRecurrentClustering(nn.Module):
             # Contiguous, or the products of every iteration would copy them again.
             keys, values = keys_values.to(geometry.dtype).permute(2, 0, 3, 1, 4).contiguous().unbind()
             keys, weights = F.normalize(keys, dim=-1), self.expectation_weights(geometry.dtype)
-            clusters = centers.to(geometry.dtype), geometry.mean, geometry.variance
+            clusters = centers.to(geometry.dtype), geometry.mean.mT, geometry.variance.mT
+            memory = None
+            if runs_eagerly_on_cpu(keys) and not torch.is_grad_enabled():
+                # Fresh memory for every iteration's assignments costs the CPU as much as their product.
+                memory = keys.new_empty(*keys.shape[:3], centers.shape[2])
             for _ in range(self.num_iterations):
-                assignments = self.assign_keys(keys, clusters, weights, geometry, sampled=True)
+                assignments = self.assign_keys(keys, clusters, weights, geometry, sampled=True, out=memory)
                 clusters = maximization(assignments, values, geometry.sample_positions, geometry.sample_extent)
         return clusters
 
@@ -266,12 +272,13 @@ class ClusterFormerRecurrentClustering(nn.Module):
         spatial_weight = None if self.spatial_weight is None else F.softplus(self.spatial_weight.to(dtype))
         return self.query.weight.to(dtype), self.query.bias.to(dtype), self.logit_scale.to(dtype).exp(), spatial_weight
 
-    def assign_keys(self, keys, clusters, weights, geometry, sampled: bool) -> torch.Tensor:
+    def assign_keys(self, keys, clusters, weights, geometry, sampled: bool, out=None) -> torch.Tensor:
         """E-step with unit keys; zero at padded pixels."""
         (centers, *place), (query_weight, query_bias, temperature, spatial_weight) = clusters, weights
-        queries = F.normalize(F.linear(centers, query_weight, query_bias), dim=-1) * temperature
+        queries = F.linear(centers, query_weight, query_bias)
+        queries = queries * (temperature / torch.linalg.vector_norm(queries, dim=-1, keepdim=True).clamp_min(MIN_NORM))
         positions = geometry.sample_positions if sampled else geometry.positions(sampled=False)
-        assignments = expectation(keys, queries, place, positions, spatial_weight, geometry.center_mask)
+        assignments = expectation(keys, queries, place, positions, spatial_weight, geometry.center_mask, out)
         mask = geometry.sample_mask if sampled else geometry.mask
         return assignments if mask is None else assignments * mask.flatten(1, 2)[:, None].to(assignments.dtype)
 

@@ -36,6 +36,7 @@ from .clustering_clusterformer import (
     ClusterFormerReleasedClustering,
     StageGeometry,
     pixel_mask_from_sizes,
+    runs_eagerly_on_cpu,
     split_heads,
 )
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
@@ -59,6 +60,11 @@ from .loss_clusterformer import (
 
 
 logger = logging.get_logger(__name__)
+
+# Pixels that the feed-forward network takes at a time in inference on the CPU: their hidden features stay in the cache.
+FEED_FORWARD_CHUNK = 2048
+# Elements from which a weight no longer fits the cache beside a small map.
+LARGE_WEIGHT = 2**20
 
 
 @dataclass
@@ -340,8 +346,12 @@ class ClusterFormerLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states.permute(0, 2, 3, 1)
         update, clusters = self.clustering(self.norm1(hidden_states), geometry)
         hidden_states = torch.addcmul(hidden_states, self.drop_path(update), self.layer_scale1)
-        update = self.mlp(self.norm2(hidden_states))
-        hidden_states = torch.addcmul(hidden_states, self.drop_path(update), self.layer_scale2)
+        if runs_eagerly_on_cpu(hidden_states) and not torch.is_grad_enabled() and not self.training:
+            for pixels in hidden_states.view(-1, hidden_states.shape[-1]).split(FEED_FORWARD_CHUNK):
+                pixels.addcmul_(self.mlp(self.norm2(pixels)), self.layer_scale2)
+        else:
+            update = self.mlp(self.norm2(hidden_states))
+            hidden_states = torch.addcmul(hidden_states, self.drop_path(update), self.layer_scale2)
         return hidden_states.permute(0, 3, 1, 2), clusters
 
     def assign(self, hidden_states, clusters, geometry: StageGeometry, sampled: bool) -> torch.Tensor:
@@ -389,6 +399,21 @@ class ClusterFormerReleasedLayer(GradientCheckpointingLayer):
         return hidden_states, nearest
 
 
+class ClusterFormerDownsample(nn.Conv2d):
+    """Convolution between two stages."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) -> (batch, out channels, ceil(height / 2), ceil(width / 2))."""
+        batch_size, height, width = hidden_states.shape[0], *((side + 1) // 2 for side in hidden_states.shape[-2:])
+        is_small = batch_size * height * width <= self.out_channels and self.weight.numel() >= LARGE_WEIGHT
+        if not (runs_eagerly_on_cpu(hidden_states) and is_small):
+            return super().forward(hidden_states)
+        # The convolution would reorder its weights at every call, which takes several times as long as the product.
+        patches = F.unfold(hidden_states, self.kernel_size, padding=self.padding, stride=self.stride)
+        hidden_states = F.linear(patches.mT, self.weight.flatten(1), self.bias)
+        return hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
 class ClusterFormerStage(nn.Module):
     """Downsampling (from the second stage on) and the blocks of one resolution."""
 
@@ -398,7 +423,7 @@ class ClusterFormerStage(nn.Module):
         super().__init__()
         sizes = config.hidden_sizes
         self.downsample = (
-            nn.Conv2d(sizes[stage_idx - 1], sizes[stage_idx], kernel_size=3, stride=2, padding=1)
+            ClusterFormerDownsample(sizes[stage_idx - 1], sizes[stage_idx], kernel_size=3, stride=2, padding=1)
             if stage_idx > 0
             else nn.Identity()
         )

@@ -114,7 +114,7 @@ def test_two_blobs_are_found():
         weights = expectation(keys, 10 * centers, (mean, variance), (rows, rows), torch.ones(1, 1, 1).double())
         centers, mean, variance = maximization(weights, keys, (rows, rows), torch.tensor([[0.1, 0.1]]))
     torch.testing.assert_close(weights[0, 0].argmax(-1), torch.arange(2).repeat_interleave(50))
-    torch.testing.assert_close(mean[0, 0], torch.tensor([[0.25, 0.5], [0.75, 0.5]]).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(mean[0, 0].mT, torch.tensor([[0.25, 0.5], [0.75, 0.5]]).double(), rtol=0, atol=1e-3)
 
 
 def test_extent_of_a_bar_of_pixels():

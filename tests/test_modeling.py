@@ -24,6 +24,7 @@ from clusterformer_hf import (
     ClusterFormerConfig,
     ClusterFormerForImageClassification,
     ClusterFormerModel,
+    modeling_clusterformer,
 )
 from clusterformer_hf.configuration_clusterformer import as_pair
 from clusterformer_hf.metrics.clusters import cluster_statistics
@@ -362,6 +363,20 @@ def test_torch_export(kind, dynamic):
         with torch.no_grad():
             actual, expected = program(pixel_values=inputs), model(inputs)
         torch.testing.assert_close(actual[0], expected[0], rtol=0, atol=1e-5)
+
+
+def test_inference_on_the_cpu_takes_its_own_ways_to_the_same_result(monkeypatch):
+    """In chunks, in place and with products in place of convolutions."""
+    model = nano_classifier(sr_ratios=[2, 1, 1, 1]).double()
+    pixel_values = images(2, 3, 90, 110).double()
+    expected = model(pixel_values, output_cluster_assignments=True)  # keeps what a backward pass needs
+    monkeypatch.setattr(modeling_clusterformer, "FEED_FORWARD_CHUNK", 100)
+    monkeypatch.setattr(modeling_clusterformer, "LARGE_WEIGHT", 0)
+    with torch.no_grad():
+        actual = model(pixel_values, output_cluster_assignments=True)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-12)
+    for got, wanted in zip(actual.cluster_assignments, expected.cluster_assignments):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
