@@ -35,8 +35,8 @@ On the evaluation set, at the end of this run:
 ```python
 from transformers import pipeline
 
-classifier = pipeline("{task}", model="{name}", trust_remote_code=True)
-classifier("picture.jpg")
+predictor = pipeline("{task}", model="{name}", trust_remote_code=True)
+predictor("picture.jpg")
 ```
 
 ## Limits

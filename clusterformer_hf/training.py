@@ -11,19 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trainer for long runs on one's own pictures: NaN reports, resuming after a killed run, model cards."""
+"""
+Trainer for long runs on one's own pictures: averaged weights, a learning rate for the backbone, NaN reports, resuming
+after a killed run, model cards; and the steps that the training scripts share.
+"""
 
 import json
 import logging
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainerCallback
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -34,16 +40,105 @@ from .model_card import render_model_card
 
 logger = logging.getLogger(__name__)
 
+# What training goes on from, in checkpoints whose model has the averaged weights.
+TRAINING_WEIGHTS_NAME = "training_weights.pt"
+
+
+@dataclass
+class ClusterFormerTrainingArguments(TrainingArguments):
+    """[`TrainingArguments`] and what [`ClusterFormerTrainer`] knows beside them."""
+
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the backbone; --learning_rate is then that of the rest."}
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate and save an exponential moving average of the weights, which keeps this share of itself "
+            "at each step (0.995 for some thousand steps, 0.9998 for a hundred thousand); less in the first steps."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"--ema_decay must be between 0 and 1, got {self.ema_decay}.")
+
 
 class ClusterFormerTrainer(Trainer):
     """
     [`Trainer`] that ends a run with the step's number once pixels or the loss are NaN or infinite, tells the training
     data set its epoch if that has `set_epoch`, and leaves no checkpoint that looks complete and is not.
+
+    Biases, norms and scales (parameters with one number a channel or head) do not decay. With
+    [`ClusterFormerTrainingArguments`] the backbone may have a learning rate of its own, and evaluation, checkpoints and
+    the final model may have averaged weights. Resumed runs are exact with them too.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(SetEpochCallback())
+        self.average: AveragedModel | None = None
+
+    def train(self, *args, **kwargs):
+        decay = getattr(self.args, "ema_decay", None)
+        if decay is None:
+            return super().train(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("--ema_decay needs whole weights in each process: no FSDP and no DeepSpeed.")
+        self.average = AveragedModel(self.model, multi_avg_fn=moving_average(decay))
+        callback = AverageWeightsCallback(self.average)
+        self.add_callback(callback)
+        try:
+            output = super().train(*args, **kwargs)
+            # The best model was saved with the averaged weights of its step.
+            if not (self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None):
+                self.model.load_state_dict(self.average.module.state_dict())
+            return output
+        finally:
+            self.average = None
+            self.remove_callback(callback)
+
+    @contextmanager
+    def averaged_weights(self):
+        """Inside, the model has the averaged weights while a training averages them."""
+        pairs = []
+        if self.average is not None:
+            pairs = list(zip(self.model.parameters(), self.average.module.parameters(), strict=True))
+        _swap(pairs)
+        try:
+            yield
+        finally:
+            _swap(pairs)
+
+    def create_optimizer(self, model=None):
+        backbone_learning_rate = getattr(self.args, "backbone_learning_rate", None)
+        if self.optimizer is None and backbone_learning_rate is not None:
+            trained = self.model if model is None else model
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            groups = self._parameter_groups(trained, backbone_learning_rate)
+            self.optimizer_cls_and_kwargs = (optimizer, options | {"params": groups})
+        return super().create_optimizer(model)
+
+    def _parameter_groups(self, model, backbone_learning_rate: float) -> list[dict]:
+        """The rest, whose learning rate Trainer logs, then the backbone; of each what decays, then the others."""
+        decayed, backbone = set(self.get_decay_parameter_names(model)), set(backbone_parameter_names(model))
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        groups = [
+            {
+                "params": [p for name, p in named if (name in backbone, name in decayed) == (in_backbone, decays)],
+                "lr": backbone_learning_rate if in_backbone else self.args.learning_rate,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            for in_backbone in (False, True)
+            for decays in (True, False)
+        ]
+        return [group for group in groups if group["params"]]
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name in shapes and shapes[name][1:].numel() > 1]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         step = self.state.global_step + 1
@@ -60,8 +155,25 @@ class ClusterFormerTrainer(Trainer):
 
     def evaluation_loop(self, *args, **kwargs):
         # A data loader draws a seed. A run resumed behind an evaluation would miss that draw.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self.averaged_weights():
             return super().evaluation_loop(*args, **kwargs)
+
+    def _save(self, *args, **kwargs):
+        with self.averaged_weights():
+            super()._save(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None and self.args.should_save:
+            torch.save(self.model.state_dict(), Path(output_dir) / TRAINING_WEIGHTS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.module.load_state_dict(self.model.state_dict())
+        path = Path(resume_from_checkpoint) / TRAINING_WEIGHTS_NAME
+        if path.is_file():
+            self.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def _save_checkpoint(self, model, trial):
         # Trainer writes its state last. An older checkpoint in the same folder must not lend its state to a new one
@@ -93,8 +205,20 @@ class ClusterFormerTrainer(Trainer):
         if self.is_world_process_zero():
             summary = TrainingSummary.from_trainer(self, **kwargs)
             summary.hyperparameters |= settings or {}
+            _restore_names(summary, self.state.log_history)
             card = render_model_card(summary, description, limits, data)
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
+
+
+def _restore_names(summary: TrainingSummary, log_history: list[dict]):
+    """Undoes `Ap50` and `Ap Dog` for AP50 and AP_dog; single classes are no columns of the training's course."""
+    logged = {name.removeprefix("eval_") for entry in log_history for name in entry}
+    names = {" ".join(map(str.capitalize, name.split("_"))): name for name in logged if not name.islower()}
+    summary.eval_results = {names.get(key, key): value for key, value in (summary.eval_results or {}).items()}
+    summary.eval_lines = [
+        {names.get(key, key): value for key, value in line.items() if "_" not in names.get(key, key)}
+        for line in summary.eval_lines or []
+    ]
 
 
 class SetEpochCallback(TrainerCallback):
@@ -103,6 +227,106 @@ class SetEpochCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if hasattr(train_dataloader.dataset, "set_epoch"):
             train_dataloader.dataset.set_epoch(int(state.epoch))
+
+
+class AverageWeightsCallback(TrainerCallback):
+    """Averages the weights after every step."""
+
+    def __init__(self, average: AveragedModel):
+        self.average = average
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # As many as in a run that was never interrupted.
+        self.average.n_averaged.fill_(state.global_step)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.average.update_parameters(model)
+
+
+def moving_average(decay: float) -> Callable:
+    """
+    [`AveragedModel`]'s `multi_avg_fn` for an average that keeps `decay` of itself at each step, and (1 + n) / (10 + n)
+    in the first ones, so that an early evaluation does not see random weights.
+    """
+
+    def update(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor | int):
+        number = int(num_averaged)
+        get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))(averaged, current, num_averaged)
+
+    return update
+
+
+def _swap(pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]]):
+    for one, other in pairs:
+        one.data, other.data = other.data, one.data
+
+
+def backbone_parameter_names(model) -> list[str]:
+    """
+    The parameters of the part that is called `backbone` or, as in ClusterFormer, is the model's base model.
+
+    Raises:
+        `ValueError`: if there is none, or nothing else.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found = [name for name in names if "backbone" in name.split(".")]
+    found = found or [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
+    if not 0 < len(found) < len(names):
+        raise ValueError(f"--backbone_learning_rate: {type(model).__name__} has no part that is known as its backbone.")
+    return found
+
+
+def start_run(args: TrainingArguments) -> str | None:
+    """What a training script begins with: logging, seed, settings. Returns the checkpoint to go on from, if any."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO if args.should_log else logging.WARNING
+    )
+    if not args.do_train and not args.do_eval:
+        raise ValueError("There is nothing to do: pass --do_train, --do_eval or both.")
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir) if args.do_train else None
+    # The examples hold no column that Trainer needs to remove, and evaluation keeps no logits.
+    args.remove_unused_columns = False
+    args.batch_eval_metrics = True
+    set_seed(args.seed)
+    return checkpoint
+
+
+def train_and_evaluate(trainer: Trainer, checkpoint: str | None, num_skipped: int):
+    """Does what the arguments say, saves the model and writes `train_results.json` and `eval_results.json`."""
+    if trainer.args.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        metrics |= {"train_samples": len(trainer.train_dataset), "skipped_files": num_skipped}
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+    if trainer.args.do_eval:
+        metrics = trainer.evaluate() | {"eval_samples": len(trainer.eval_dataset)}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+
+def write_card(
+    trainer: ClusterFormerTrainer, task: str, source: str, dataset_tags: str | None, settings: dict, **paragraphs
+):
+    """
+    Writes the model card of a training, and pushes it with the model where that is asked for.
+
+    Args:
+        source: The data: a path, or a name on the Hub.
+        dataset_tags: The kind of a folder of data, if it has a name on the Hub.
+        settings, paragraphs: See [`ClusterFormerTrainer.create_model_card`].
+    """
+    is_local = Path(source).exists()
+    card = {
+        "tasks": task,
+        "tags": [task, "vision", "clusterformer"],
+        "dataset": Path(source).name if is_local else source,
+        "dataset_tags": dataset_tags if is_local else source,
+        "settings": settings,
+        **paragraphs,
+    }
+    trainer.push_to_hub(**card) if trainer.args.push_to_hub else trainer.create_model_card(**card)
 
 
 def classification_loss(label_smoothing: float = 0.0) -> Callable:

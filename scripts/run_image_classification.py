@@ -23,23 +23,12 @@ Fine-tunes or trains ClusterFormer, or another image classifier of transformers,
 folders alone, of which a share is kept for validation; or a folder that `save_to_disk` wrote; or a name on the Hub.
 """
 
-import json
-import logging
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    ConvNextImageProcessor,
-    TrainingArguments,
-    ViTImageProcessor,
-    set_seed,
-)
+from transformers import AutoModelForImageClassification, ConvNextImageProcessor, ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
-from clusterformer_hf import ClusterFormerConfig
+from clusterformer_hf import loading
 from clusterformer_hf.data import classification as data
 from clusterformer_hf.data.augmentation import (
     AugmentationArguments,
@@ -49,31 +38,20 @@ from clusterformer_hf.data.augmentation import (
 )
 from clusterformer_hf.metrics.accuracy import ClassificationAccuracy
 from clusterformer_hf.recipes import parse_arguments
-from clusterformer_hf.training import ClusterFormerTrainer, classification_loss, find_checkpoint
-
-
-logger = logging.getLogger(__name__)
+from clusterformer_hf.training import (
+    ClusterFormerTrainer,
+    ClusterFormerTrainingArguments,
+    classification_loss,
+    start_run,
+    train_and_evaluate,
+    write_card,
+)
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(loading.ModelArguments):
     """Which model is trained or evaluated."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to start from. Without it a new ClusterFormer-Tiny is trained."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model's own code from the Hub."})
-    config_overrides: dict | str | None = field(
-        default=None,
-        metadata={"help": 'Config fields as JSON, for instance \'{"depths": [1, 1, 2, 1], "drop_path_rate": 0.1}\'.'},
-    )
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Start with a new head where the checkpoint's has other classes."}
-    )
-    image_processor_name: str | None = field(
-        default=None, metadata={"help": "Image processor, if not the checkpoint's."}
-    )
     crop_pct: float | None = field(
         default=None,
         metadata={
@@ -81,14 +59,6 @@ class ModelArguments:
             "of the picture, in its proportions, as is usual for ImageNet (0.875)."
         },
     )
-
-    def __post_init__(self):
-        if isinstance(self.config_overrides, str):
-            try:
-                self.config_overrides = json.loads(self.config_overrides)
-            except ValueError as error:
-                raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON: {error}") from error
-        self.config_overrides = self.config_overrides or {}
 
 
 @dataclass
@@ -115,22 +85,9 @@ class DataArguments:
 
 def main(args: list[str] | None = None):
     model_args, data_args, augmentation_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, AugmentationArguments, TrainingArguments), args
+        (ModelArguments, DataArguments, AugmentationArguments, ClusterFormerTrainingArguments), args
     )
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s",
-        level=logging.INFO if training_args.should_log else logging.WARNING,
-    )
-    if not training_args.do_train and not training_args.do_eval:
-        raise ValueError("There is nothing to do: pass --do_train, --do_eval or both.")
-    checkpoint = None
-    if training_args.do_train:
-        checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
-    # The examples hold no column that Trainer needs to remove, and evaluation keeps no logits.
-    training_args.remove_unused_columns = False
-    training_args.batch_eval_metrics = True
-    set_seed(training_args.seed)
-
+    checkpoint = start_run(training_args)
     with training_args.main_process_first(desc="reading the pictures"):
         splits, skipped = load_splits(data_args, training_args)
     class_names = next(iter(splits.values())).features["label"].names
@@ -157,33 +114,14 @@ def main(args: list[str] | None = None):
         processing_class=image_processor,
     )
 
-    if training_args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        metrics |= {"train_samples": len(train_dataset), "skipped_files": len(skipped)}
-        trainer.save_model()
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
-
-    if training_args.do_eval:
-        metrics = trainer.evaluate() | {"eval_samples": len(eval_dataset)}
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-
+    train_and_evaluate(trainer, checkpoint, len(skipped))
     if training_args.do_train:
         source = data_args.dataset_name or data_args.train_dir
-        card = {
-            "tasks": "image-classification",
-            "tags": ["image-classification", "vision", "clusterformer"],
-            "dataset": Path(source).name if Path(source).is_dir() else source,
-            "dataset_tags": "imagefolder" if Path(source).is_dir() else source,
-            "settings": asdict(augmentation_args),
-            **card_paragraphs(model_args, model, splits, class_names, skipped),
-        }
-        trainer.push_to_hub(**card) if training_args.push_to_hub else trainer.create_model_card(**card)
+        paragraphs = card_paragraphs(model_args, model, splits, class_names, skipped)
+        write_card(trainer, "image-classification", source, "imagefolder", asdict(augmentation_args), **paragraphs)
 
 
-def load_splits(data_args: DataArguments, training_args: TrainingArguments):
+def load_splits(data_args: DataArguments, training_args: ClusterFormerTrainingArguments):
     """The pictures and labels that are used, checked, and a line for each file that was left out."""
     splits, unread = data.load_pictures(
         data_args.dataset_name, data_args.dataset_config_name, data_args.train_dir, data_args.validation_dir
@@ -212,51 +150,20 @@ def load_splits(data_args: DataArguments, training_args: TrainingArguments):
 
 def load_model(model_args: ModelArguments, class_names: list[str], do_train: bool):
     """The model for these classes, and the id that it knows each class by."""
-    if model_args.model_name_or_path is None:
-        config, loading = ClusterFormerConfig(), {}
-    else:
-        loading = {"revision": model_args.model_revision, "trust_remote_code": model_args.trust_remote_code}
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path, **loading)
-    if model_args.config_overrides:
-        unknown = [name for name in model_args.config_overrides if not hasattr(config, name)]
-        if unknown:
-            raise ValueError(f"--config_overrides: {', '.join(unknown)} is no field of {type(config).__name__}.")
-        # Made anew, so that the fields are checked against each other.
-        config = type(config).from_dict(config.to_dict() | model_args.config_overrides)
-
+    config = loading.load_config(model_args)
     if do_train and set(class_names) != set(config.id2label.values()):
         config.id2label = dict(enumerate(class_names))
     config.label2id = {name: label for label, name in config.id2label.items()}
     class_ids = data.match_classes(class_names, config.label2id)
 
-    if model_args.model_name_or_path is None:
-        return AutoModelForImageClassification.from_config(config), class_ids
-    model, report = AutoModelForImageClassification.from_pretrained(
-        model_args.model_name_or_path,
-        config=config,
-        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-        output_loading_info=True,
-        **loading,
-    )
-    new = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    if new:
-        logger.warning(f"Newly initialised, not from {model_args.model_name_or_path}: {', '.join(new)}.")
-    return model, class_ids
+    return loading.load_model(AutoModelForImageClassification, model_args, config, do_train), class_ids
 
 
 def load_image_processor(model_args: ModelArguments, config):
     """The image processor that was named, else the checkpoint's if it has one, else a new one for `image_size`."""
-    if model_args.image_processor_name is not None:
-        return AutoImageProcessor.from_pretrained(model_args.image_processor_name)
-    if model_args.model_name_or_path is not None:
-        try:
-            return AutoImageProcessor.from_pretrained(
-                model_args.model_name_or_path,
-                revision=model_args.model_revision,
-                trust_remote_code=model_args.trust_remote_code,
-            )
-        except OSError:
-            logger.warning(f"{model_args.model_name_or_path} has no image processor; a new one is made.")
+    image_processor = loading.load_image_processor(model_args)
+    if image_processor is not None:
+        return image_processor
     normalise = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     normalise["resample"] = PILImageResampling.BICUBIC
     size = config.image_size
@@ -270,12 +177,10 @@ def load_image_processor(model_args: ModelArguments, config):
 
 def card_paragraphs(model_args, model, splits, class_names: list[str], skipped: list[str]) -> dict[str, str]:
     """What the model card says beside the measured numbers."""
-    origin = f"fine-tuned from `{model_args.model_name_or_path}`" if model_args.model_name_or_path else "from scratch"
     counts = ", ".join(f"{split} {len(rows):,} pictures" for split, rows in splits.items())
     left_out = f" {len(skipped)} files that could not be read were left out." if skipped else ""
     return {
-        "description": f"`{type(model).__name__}` with {model.num_parameters():,} parameters, trained {origin}. "
-        "ClusterFormer: [Clustering As A Universal Visual Learner](https://arxiv.org/abs/2309.13196).",
+        "description": loading.describe(model, model_args),
         "limits": f"It tells {len(class_names)} classes apart: {', '.join(class_names)}. Pictures of anything else get "
         "one of them too. The results hold for pictures like those of the evaluation set.",
         "data": f"Number of pictures: {counts}.{left_out}",

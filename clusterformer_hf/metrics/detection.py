@@ -25,6 +25,7 @@ With other settings Trainer joins the boxes of different pictures and cuts those
 """
 
 import contextlib
+import inspect
 import io
 import json
 from collections.abc import Iterable
@@ -65,25 +66,34 @@ class DetectionPostProcessor:
     """
 
     def __init__(self, image_processor: BaseImageProcessor):
-        self.image_processor = image_processor
+        self.post_process = image_processor.post_process_object_detection
+        # Image processors for softmax return one box a query and have no such argument.
+        has_top_k = "top_k" in inspect.signature(self.post_process).parameters
+        self.options = {"top_k": MAX_BOXES} if has_top_k else {}
 
     def __call__(self, outputs: tuple, labels: list[dict]) -> list[dict]:
         # Trainer drops outputs that are None, and the losses are a dict.
         logits, boxes = [output.float() for output in outputs if isinstance(output, torch.Tensor)][:2]
-        detections = self.image_processor.post_process_object_detection(
+        detections = self.post_process(
             SimpleNamespace(logits=logits, pred_boxes=boxes),
             threshold=0.0,  # where processes have different numbers of boxes, Trainer adds some of logit -100
             target_sizes=torch.stack([label["orig_size"] for label in labels]),
-            top_k=MAX_BOXES,
+            **self.options,
         )
         image_ids = [int(label["image_id"]) for label in labels]
         # Trainer sends the labels between processes after this, of which the metric needs nothing more.
         labels.clear()
         # Arrays and no tensors: of these, Trainer's second evaluation forgets `eval_use_gather_object`.
         return [
-            {"image_id": image_id, **{name: value.cpu().numpy() for name, value in detection.items()}}
+            {"image_id": image_id, **{name: value.cpu().numpy() for name, value in best_boxes(detection).items()}}
             for image_id, detection in zip(image_ids, detections)
         ]
+
+
+def best_boxes(detection: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The best boxes of a picture, at most `MAX_BOXES`, best first."""
+    order = detection["scores"].argsort(descending=True, stable=True)[:MAX_BOXES]
+    return {name: detection[name][order] for name in ("scores", "labels", "boxes")}
 
 
 class DetectionMetric:

@@ -1,0 +1,147 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The model and the image processor that a training script starts from."""
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
+from .configuration_clusterformer import ClusterFormerConfig
+
+
+logger = logging.getLogger(__name__)
+
+# Weights of one part that messages name one by one.
+MAX_NAMED = 3
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained or evaluated."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to start from. Without it a new ClusterFormer-Tiny is trained."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the checkpoint."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model's own code from the Hub."})
+    config_overrides: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Config fields as JSON, for instance \'{"depths": [1, 1, 2, 1], "drop_path_rate": 0.1}\'.'},
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Start with a new head where the checkpoint's has other classes."}
+    )
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Image processor, if not the checkpoint's."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.config_overrides, str):
+            try:
+                self.config_overrides = json.loads(self.config_overrides)
+            except ValueError as error:
+                raise ValueError(f"--config_overrides {self.config_overrides!r} is no JSON: {error}") from error
+        self.config_overrides = self.config_overrides or {}
+
+    @property
+    def loading(self) -> dict:
+        """What every `from_pretrained` of the checkpoint takes."""
+        return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
+
+
+def load_config(args: ModelArguments) -> PreTrainedConfig:
+    """The checkpoint's config, or that of ClusterFormer-Tiny, with the fields that are overridden."""
+    if args.model_name_or_path is None:
+        config = ClusterFormerConfig()
+    else:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, **args.loading)
+    if not args.config_overrides:
+        return config
+    unknown = [name for name in args.config_overrides if not hasattr(config, name)]
+    if unknown:
+        raise ValueError(f"--config_overrides: {', '.join(unknown)} is no field of {type(config).__name__}.")
+    # Made anew, so that the fields are checked against each other.
+    return type(config).from_dict(config.to_dict() | args.config_overrides)
+
+
+def load_model(auto_model: type, args: ModelArguments, config: PreTrainedConfig, do_train: bool) -> PreTrainedModel:
+    """
+    A model of the config, with the checkpoint's weights where there is one. Says which are the checkpoint's, which are
+    new and which are not used: a checkpoint of another task gives its backbone.
+
+    Raises:
+        `ValueError`: if nothing is the checkpoint's, or if the model is not trained and something would be new.
+    """
+    if args.model_name_or_path is None:
+        if not do_train:
+            raise ValueError("--do_eval alone needs --model_name_or_path: there is nothing to evaluate.")
+        return auto_model.from_config(config)
+    model, report = auto_model.from_pretrained(
+        args.model_name_or_path,
+        config=config,
+        ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+        output_loading_info=True,
+        **args.loading,
+    )
+    new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    kept = {name for name, _ in model.named_parameters()} - new
+    if not kept:
+        raise ValueError(f"{args.model_name_or_path} holds no weights of {type(model).__name__}.")
+    if new and not do_train:
+        raise ValueError(
+            f"{args.model_name_or_path} cannot be evaluated as {type(model).__name__}: it has no {summarise(new)}."
+        )
+    logger.info(f"Taken from {args.model_name_or_path}: {summarise(kept)}.")
+    if new:
+        logger.warning(f"Newly initialised, not from {args.model_name_or_path}: {summarise(new)}.")
+    if report["unexpected_keys"]:
+        logger.warning(f"Not used of {args.model_name_or_path}: {summarise(report['unexpected_keys'])}.")
+    return model
+
+
+def summarise(names: Iterable[str]) -> str:
+    """Names of weights, or their number where a part of the model has many."""
+    parts = defaultdict(list)
+    for name in sorted(names):
+        parts[name.split(".")[0]].append(name)
+    return ", ".join(
+        f"{part}.* ({len(found)} weights)" if len(found) > MAX_NAMED else ", ".join(found)
+        for part, found in parts.items()
+    )
+
+
+def load_image_processor(args: ModelArguments) -> BaseImageProcessor | None:
+    """The image processor that is named, or the checkpoint's; None if there is none."""
+    if args.image_processor_name is not None:
+        return AutoImageProcessor.from_pretrained(args.image_processor_name)
+    if args.model_name_or_path is None:
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(args.model_name_or_path, **args.loading)
+    except OSError:
+        logger.warning(f"{args.model_name_or_path} has no image processor; a new one is made.")
+        return None
+
+
+def describe(model: PreTrainedModel, args: ModelArguments) -> str:
+    """A model card's paragraph on a trained model."""
+    origin = f"fine-tuned from `{args.model_name_or_path}`" if args.model_name_or_path else "from scratch"
+    return (
+        f"`{type(model).__name__}` with {model.num_parameters():,} parameters, trained {origin}. "
+        "ClusterFormer: [Clustering As A Universal Visual Learner](https://arxiv.org/abs/2309.13196)."
+    )
