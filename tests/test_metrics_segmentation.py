@@ -41,11 +41,12 @@ from clusterformer_hf.data.label_maps import SemanticData, read_label_maps
 from clusterformer_hf.data.rle import decode_masks, encode_masks
 from clusterformer_hf.data.segmentation import SegmentationCollator, SemanticDataset, UniversalDataset
 from clusterformer_hf.data.segmentation_augmentation import SegmentationEvalTransform
+from clusterformer_hf.metrics.average_precision import average_precision, match_objects
 from clusterformer_hf.metrics.detection import STATISTICS, set_up_evaluation
 from clusterformer_hf.metrics.instance import (
     InstanceMetric,
     InstancePostProcessor,
-    mask_average_precision,
+    read_instances,
     write_mask_results,
 )
 from clusterformer_hf.metrics.panoptic import (
@@ -309,7 +310,7 @@ def test_segments_without_pixels_or_of_unknown_classes_are_void():
     assert segments.tolist() == [[0, 0, 1], [2, 1, 0]] and classes.tolist() == [0, 1]
 
 
-def test_stuff_is_one_segment_and_things_stay_apart():
+def test_stuff_is_one_segment_and_things_stay_apart(data):
     """
     Four masks, a quarter of the picture each: sky, car, sky, car. Fused by transformers itself, the second car gets the
     first one's id: after the sky's second part it goes on counting from the sky's.
@@ -328,6 +329,15 @@ def test_stuff_is_one_segment_and_things_stay_apart():
     segments, labels = number_segments(*found[frozenset()].values(), *args)
     assert segments[:, 0].tolist() == [1, 1, 2, 2, 1, 1, 3, 3] and labels.tolist() == [2, 0, 0]
     assert found[frozenset([3])]["segmentation"][:, 0].tolist() == [1, 1, 2, 2, 1, 1, 2, 2]
+    target = {
+        "image_id": torch.tensor([1]),
+        "orig_size": torch.tensor([8, 8]),
+        "segments": torch.as_tensor(segments),
+        "class_labels": torch.tensor([3, 2, 2]),
+        "crowds": torch.zeros(3, dtype=torch.bool),
+    }
+    result = PanopticPostProcessor(PROCESSOR, data, CLASS_IDS).read(classes[0], masks[0], target)
+    assert result["counts"].tolist() == [[2, 0, 0, 2], [0, 0, 0, 0], [1, 0, 0, 1]]
 
 
 # Average precision of masks
@@ -335,93 +345,136 @@ def test_stuff_is_one_segment_and_things_stay_apart():
 
 BOX = np.zeros((100, 100), bool)
 BOX[10:50, 10:60] = True
-
-
-def mask_truth(*masks: np.ndarray, categories=("thing",), images: int = 1) -> dict:
-    """Ground truth with one mask of the first category in each of the first images."""
-    return {
-        "images": [{"id": number, "height": 100, "width": 100} for number in range(1, images + 1)],
-        "annotations": [
-            {
-                "id": number,
-                "image_id": number,
-                "category_id": 1,
-                "bbox": [0, 0, 1, 1],
-                "area": int(mask.sum()),
-                "iscrowd": 0,
-                "segmentation": {"size": [100, 100], "counts": encode_masks(mask[None])[0]},
-            }
-            for number, mask in enumerate(masks, start=1)
-        ],
-        "categories": [{"id": number, "name": name} for number, name in enumerate(categories, start=1)],
-    }
-
-
-def mask_result(image_id: int, mask: np.ndarray, score: float = 0.9, category_id: int = 1) -> dict:
-    rle = {"size": [100, 100], "counts": encode_masks(mask[None])[0].decode()}
-    return {"image_id": image_id, "category_id": category_id, "segmentation": rle, "score": score}
-
-
+LOWER, OTHER = np.zeros_like(BOX), np.zeros_like(BOX)
+LOWER[10:35, 10:60] = True
+OTHER[50:90, 0:40] = True
 # Every second column of the mask: half of its pixels, with nearly the same box.
 STRIPES = BOX & (np.arange(100) % 2 == 0)
-LOWER = np.zeros_like(BOX)
-LOWER[10:35, 10:60] = True
+
+
+def entry(mask: np.ndarray, category_id: int = 1, score: float = 0.9, **fields) -> dict:
+    """A mask to be found, or one that was."""
+    rle = {"size": [100, 100], "counts": encode_masks(mask[None])[0].decode()}
+    fields = {"id": 1, "area": int(mask.sum()), "iscrowd": 0} | fields
+    return {"category_id": category_id, "segmentation": rle, "bbox": [0, 0, 1, 1], "score": score, **fields}
+
+
+CROWD_BELOW = entry(OTHER, id=2, iscrowd=1)
+# For each picture the masks to be found and those that were.
 MASK_CASES = {
-    "found": (mask_truth(BOX), [mask_result(1, BOX)], {"AP": 1, "AP50": 1, "APm": 1, "APs": -1, "AR1": 1}),
-    "nothing": (mask_truth(BOX), [], {"AP": 0, "AR100": 0}),
+    "found": ([([entry(BOX)], [entry(BOX)])], {"AP": 1, "AP50": 1, "APm": 1, "APs": -1, "AR1": 1, "AP_a": 1}),
+    "nothing": ([([entry(BOX)], [])], {"AP": 0, "AR100": 0, "AP_a": 0}),
     # IoU 25 / 40 = 0.625: three of the ten thresholds, 0.5, 0.55 and 0.6.
-    "roughly": (mask_truth(BOX), [mask_result(1, LOWER)], {"AP": 0.3, "AP50": 1, "AP75": 0}),
+    "roughly": ([([entry(BOX)], [entry(LOWER)])], {"AP": 0.3, "AP50": 1, "AP75": 0}),
     # IoU 0.5 of the masks, while the boxes' would be 0.98: one threshold.
-    "not the box": (mask_truth(BOX), [mask_result(1, STRIPES)], {"AP": 0.1, "AP50": 1}),
+    "not the box": ([([entry(BOX)], [entry(STRIPES)])], {"AP": 0.1, "AP50": 1}),
     # Recall reaches one half, which is 51 of the 101 recalls.
-    "one of two": (mask_truth(BOX, BOX, images=2), [mask_result(2, BOX)], {"AP": 51 / 101, "AR100": 0.5}),
-    "empty picture": (mask_truth(BOX, images=2), [mask_result(2, BOX, 0.95), mask_result(1, BOX)], {"AP": 0.5}),
-    "classes": (mask_truth(BOX, categories=("a", "b")), [mask_result(1, BOX, category_id=2)], {"AP": 0, "AP_a": 0}),
-    "no masks": (mask_truth(), [mask_result(1, BOX)], {"AP": -1, "AR100": -1}),
+    "one of two": ([([entry(BOX)], []), ([entry(BOX)], [entry(BOX)])], {"AP": 51 / 101, "AR100": 0.5}),
+    # What is found where nothing is, is wrong.
+    "empty picture": ([([], [entry(BOX, score=0.95)]), ([entry(BOX)], [entry(BOX)])], {"AP": 0.5, "AR100": 1}),
+    # The wrong one is of medium area, and so wrong among those.
+    "wrong one first": ([([entry(BOX)], [entry(BOX), entry(OTHER, score=0.95)])], {"AP": 0.5, "APm": 0.5, "AR1": 0}),
+    "other class": ([([entry(BOX)], [entry(BOX, 2)])], {"AP": 0, "AP_a": 0}),
+    "in a crowd": ([([entry(BOX), CROWD_BELOW], [entry(BOX), entry(OTHER, score=0.95)])], {"AP": 1}),
+    "nothing there": ([([], [entry(BOX)]), ([], [])], {"AP": -1, "AR100": -1}),
 }
 
 
-@pytest.mark.parametrize("ground_truth, results, values", MASK_CASES.values(), ids=MASK_CASES)
-def test_average_precision_worked_by_hand(ground_truth, results, values, capsys):
-    metrics = mask_average_precision(ground_truth, results)
+def scores_of(pictures: list[tuple[list, list]], iou_type: str = "segm", size=(100, 100)) -> dict[str, float]:
+    matches = [match_objects(truth, found, iou_type, size) for truth, found in pictures]
+    return average_precision(matches, {1: "a", 2: "b", 3: "c"})
+
+
+@pytest.mark.parametrize("pictures, values", MASK_CASES.values(), ids=MASK_CASES)
+def test_average_precision_worked_by_hand(pictures, values, capsys):
+    metrics = scores_of(pictures)
     assert {name: metrics[name] for name in values} == pytest.approx(values)
     assert list(metrics)[:12] == list(STATISTICS) and capsys.readouterr() == ("", "")
+    assert set(metrics) - set(STATISTICS) == ({"AP_a"} if any(truth for truth, _ in pictures) else set())
+
+
+@pytest.mark.parametrize("iou_type", ["segm", "bbox"])
+def test_average_precision_of_pycocotools(iou_type):
+    """
+    Equal in all digits to what it says of all pictures at once: 40 pictures of 300 x 400 with objects of all sizes,
+    crowds and up to 150 findings, of which some have equal scores.
+    """
+    generator, pictures = np.random.default_rng(0), []
+    for _ in range(40):
+        truth, found = [], []
+        for number in range(generator.integers(0, 12)):
+            x, y = generator.integers(0, [350, 250])
+            w, h = generator.integers(4, [400 - x, 300 - y]) // generator.integers(1, 5) + 1
+            box = np.array([x, y, w, h])
+            truth.append(_object(box) | {"id": number + 1, "iscrowd": int(generator.random() < 0.1)})
+            for _ in range(generator.integers(0, 30)):
+                moved = np.maximum(box + generator.integers(-4, 5, 4), [0, 0, 1, 1])
+                found.append(_object(moved) | {"score": round(generator.random(), 2)})
+        for one in truth + found:
+            one["category_id"] = int(generator.integers(1, 3))
+        pictures.append((truth, found[:150]))
+    fields = {"segm": ("segmentation",), "bbox": ("bbox",)}[iou_type]  # a box would give a mask's area
+    numbered = [
+        [one | {"image_id": image_id} for image_id, picture in enumerate(pictures) for one in picture[side]]
+        for side in (0, 1)
+    ]
+    content = {
+        "images": [{"id": image_id, "height": 300, "width": 400} for image_id in range(40)],
+        "annotations": [one | {"id": number} for number, one in enumerate(numbered[0], start=1)],
+        "categories": [{"id": category_id, "name": str(category_id)} for category_id in (1, 2, 3)],
+    }
+    results = [{name: one[name] for name in ("image_id", "category_id", "score", *fields)} for one in numbered[1]]
+    expected = official(content, results, iou_type)
+    metrics = scores_of(pictures, iou_type, (300, 400))
+    assert [metrics[name] for name in STATISTICS] == expected.tolist()
+    assert len(set(expected.tolist())) == 12 and all(0.02 < value < 0.98 for value in expected)
+    assert set(metrics) - set(STATISTICS) == {"AP_a", "AP_b"}
+    assert (metrics["AP_a"] + metrics["AP_b"]) / 2 == pytest.approx(metrics["AP"])
+
+
+def _object(box: np.ndarray) -> dict:
+    """A rectangle with a corner cut off."""
+    x, y, w, h = box.tolist()
+    mask = np.zeros((300, 400), bool)
+    mask[y : y + h, x : x + w] = True
+    mask[y : y + h // 3, x : x + w // 3] = False
+    rle = {"size": [300, 400], "counts": encode_masks(mask[None])[0].decode()}
+    return {"bbox": [x, y, w, h], "segmentation": rle, "area": int(mask.sum())}
 
 
 def test_instances_are_those_of_the_image_processor():
     """At 384 x 384, where it resizes nothing twice: the same masks, classes and scores, which it rounds to 6 digits."""
     generator = torch.Generator().manual_seed(0)
     classes, masks = torch.randn(7, 5, generator=generator) * 2, torch.randn(7, 12, 16, generator=generator)
-    found = InstancePostProcessor(max_instances=7).read(classes, masks, {"orig_size": torch.tensor([384, 384])})
+    scores, labels, counts = read_instances(classes, masks, (384, 384), max_instances=7)
     outputs = ModelOutput(class_queries_logits=classes[None], masks_queries_logits=masks[None])
     (expected,) = PROCESSOR.post_process_instance_segmentation(
         outputs, threshold=0.0, target_sizes=[(384, 384)], return_binary_maps=True
     )
     order = sorted(range(7), key=lambda number: -expected["segments_info"][number]["score"])
     infos = [expected["segments_info"][number] for number in order]
-    assert found["labels"].tolist() == [info["label_id"] for info in infos]
-    assert found["scores"].tolist() == pytest.approx([info["score"] for info in infos], abs=2e-6)
-    assert (decode_masks(found["counts"], 384, 384) == expected["segmentation"][order].bool().numpy()).all()
+    assert labels.tolist() == [info["label_id"] for info in infos]
+    assert scores.tolist() == pytest.approx([info["score"] for info in infos], abs=2e-6)
+    assert (decode_masks(counts, 384, 384) == expected["segmentation"][order].bool().numpy()).all()
 
 
 def test_masks_are_resized_in_parts(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    args = torch.randn(9, 5, generator=generator), torch.randn(9, 8, 8, generator=generator)
-    target = {"orig_size": torch.tensor([50, 40])}
-    whole = InstancePostProcessor().read(*args, target)
+    args = torch.randn(9, 5, generator=generator), torch.randn(9, 8, 8, generator=generator), (50, 40)
+    whole = read_instances(*args)
     monkeypatch.setattr("clusterformer_hf.metrics.instance.MAX_ELEMENTS", 5000)  # two masks of 2,000
-    parts = InstancePostProcessor().read(*args, target)
-    assert torch.equal(whole["scores"], parts["scores"]) and whole["counts"] == parts["counts"]
-    assert len(whole["counts"]) == 36 and (whole["scores"].diff() <= 0).all()
+    parts = read_instances(*args)
+    assert (whole[0] == parts[0]).all() and (whole[1] == parts[1]).all() and whole[2] == parts[2]
+    assert len(whole[2]) == 36 and (np.diff(whole[0]) <= 0).all()
 
 
 def test_queries_without_pixels_are_no_instances():
     """As those that Trainer fills up with -100 where a process has fewer queries."""
     classes, masks = torch.tensor([[3.0, 0, 0], [-100, -100, -100]]), torch.full((2, 8, 8), -100.0)
     masks[0, :4], masks[0, 4:] = 5, -5
-    found = InstancePostProcessor().read(classes, masks, {"orig_size": torch.tensor([16, 16])})
-    assert len(found["scores"]) == len(found["counts"]) == 2  # one query in two classes
-    assert decode_masks(found["counts"], 16, 16).sum(axis=(1, 2)).tolist() == [128, 128]
+    scores, labels, counts = read_instances(classes, masks, (16, 16))
+    assert labels.tolist() == [0, 1] and len(scores) == 2  # one query in two classes
+    assert decode_masks(counts, 16, 16).sum(axis=(1, 2)).tolist() == [128, 128]
 
 
 # Padding
@@ -541,6 +594,7 @@ def read_data(folder: Path):
 
 def trainer_for(data, output_dir, batch_size: int = 4, png_folder=None) -> SegmentationTrainer:
     """All three readings of one model."""
+    instances = data.instances()
     args = TrainingArguments(output_dir, per_device_eval_batch_size=batch_size, use_cpu=True, report_to="none")
     return SegmentationTrainer(
         Guesser(),
@@ -549,12 +603,12 @@ def trainer_for(data, output_dir, batch_size: int = 4, png_folder=None) -> Segme
         eval_dataset=UniversalDataset(data, SegmentationEvalTransform(PROCESSOR), CLASS_IDS),
         preprocess_logits_for_metrics=JoinedPostProcessor(
             panoptic=PanopticPostProcessor(PROCESSOR, data, CLASS_IDS, png_folder),
-            instance=InstancePostProcessor(),
+            instance=InstancePostProcessor(instances, CLASS_IDS[:2], keep_results=png_folder is not None),
             semantic=UniversalSemanticPostProcessor(PROCESSOR),
         ),
         compute_metrics=JoinedMetric(
             panoptic=PanopticMetric(data),
-            instance=InstanceMetric(data.instances(), CLASS_IDS[:2]),
+            instance=InstanceMetric(instances),
             semantic=SemanticMetric(data, ID2LABEL),
         ),
     )
@@ -594,11 +648,10 @@ def expected(folder, data, tmp_path_factory) -> dict:
         Image.fromarray(segment_colours(segments)).save(output / "found" / f"{image_id}.png")
         infos = [{"id": info["id"], "category_id": category_of[info["label_id"]]} for info in named]
         annotations.append({"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": infos})
-        found = InstancePostProcessor().read(classes, masks, target)
         results += [
             {"image_id": image_id, "category_id": things[label], "score": score}
             | {"segmentation": {"size": list(size), "counts": counts}}
-            for label, score, counts in zip(found["labels"].tolist(), found["scores"].tolist(), found["counts"])
+            for score, label, counts in zip(*read_instances(classes, masks, size))
             if label in things
         ]
         truth = torch.tensor([255, *target["class_labels"].tolist()])[target["segments"].long()]
@@ -615,12 +668,12 @@ def expected(folder, data, tmp_path_factory) -> dict:
     }
 
 
-def official(ground_truth: dict, results: list | str) -> np.ndarray:
+def official(ground_truth: dict, results: list | str, iou_type: str = "segm") -> np.ndarray:
     """The twelve statistics as pycocotools' own example computes them."""
     truth = COCO()
     truth.dataset = ground_truth
     truth.createIndex()
-    evaluation = COCOeval(truth, truth.loadRes(results), "segm")
+    evaluation = COCOeval(truth, truth.loadRes(results), iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
@@ -672,7 +725,7 @@ def test_result_files(folder, data, expected, tmp_path):
     found = hotcoco_results(folder / "segments.json", tmp_path / "found.json", gt_folder=str(folder / "segments"))
     assert found == expected["panoptic"]
 
-    write_mask_results(tmp_path / "masks.json", instance.instances.values(), instance.category_of)
+    write_mask_results(tmp_path / "masks.json", instance.results)
     assert {result["category_id"] for result in json.loads((tmp_path / "masks.json").read_text())} == {3, 7}
     statistics = official(data.instances().ground_truth(), str(tmp_path / "masks.json"))
     assert statistics.tolist() == expected["instance"].tolist()
@@ -685,6 +738,14 @@ def test_a_part_of_the_data(data, tmp_path):
     trainer = trainer_for(data, tmp_path)
     trainer.eval_dataset = torch.utils.data.Subset(trainer.eval_dataset, range(9))
     with pytest.raises(ValueError, match=r"2 of 11 pictures of .*segments.json were not evaluated, ids 930, 937\."):
+        trainer.evaluate()
+    trainer = trainer_for(part, tmp_path)
+    trainer.eval_dataset = trainer_for(data, tmp_path).eval_dataset
+    with pytest.raises(ValueError, match=r"segments.json has no picture with the id 993"):
+        trainer.evaluate()
+    trainer.preprocess_logits_for_metrics.parts.pop("instance")
+    trainer.compute_metrics.parts.pop("instance")
+    with pytest.raises(ValueError, match=r"segments.json has no pictures with the ids 930, 937, 944"):
         trainer.evaluate()
 
 
@@ -754,15 +815,18 @@ def test_a_picture_that_comes_twice_counts_once(data, tmp_path):
     assert trainer.compute_metrics(EvalPrediction(found[:4] + found[:2], []), compute_result=False) == {}
     twice = trainer.compute_metrics(EvalPrediction(found[2:], []), compute_result=True)
     assert once == twice
+    # The next evaluation begins with nothing: other results, here of the wrong pictures, stand alone.
+    ids = [picture["image_id"] for picture in found]
+    other = EvalPrediction([picture | {"image_id": ids[row - 1]} for row, picture in enumerate(found)], [])
+    expected = trainer_for(data, tmp_path).compute_metrics(other, compute_result=True)
+    later = trainer.compute_metrics(other, compute_result=True)
+    assert later == expected
 
 
 def test_memory_stays_flat(data, tmp_path):
-    """
-    A metric keeps a few numbers for each picture, and run lengths of its instances, no masks: in bytes, beside those
-    that a single mask of 512 x 512 would have.
-    """
+    """A metric keeps a few numbers for each picture: of its segments, and 100 bytes for each of its 10 instances."""
     target = {
-        "image_id": torch.tensor([1]),
+        "image_id": torch.tensor([979]),  # in which nothing is to be found
         "size": torch.tensor([512, 512]),
         "padded_size": torch.tensor([512, 512]),
         "orig_size": torch.tensor([512, 512]),
@@ -770,22 +834,24 @@ def test_memory_stays_flat(data, tmp_path):
         "class_labels": torch.tensor([2]),
         "crowds": torch.tensor([False]),
     }
-    masks = torch.full((1, 5, 128, 128), -3.0)
-    masks[0, 0, 20:60] = 3
-    outputs = (torch.tensor([[[0.0, 0, 9, 0, 0]] * 5]), masks)
+    masks, classes = torch.full((1, 5, 128, 128), -3.0), torch.zeros(1, 5, NUM_LABELS + 1)
+    masks[0, :, 20:60], classes[..., 2] = 3, 9
     trainer = trainer_for(data, tmp_path)
-    (found,) = trainer.preprocess_logits_for_metrics(outputs, [target])
-    grown = {}
-    for number in range(2):
-        for image_id in range(100):
-            picture = found | {"image_id": number * 100 + image_id}
-            trainer.compute_metrics(EvalPrediction([picture], []), compute_result=False)
-        grown[number] = {
-            name: len(pickle.dumps({key: value for key, value in vars(part).items() if key != "data"}))
-            for name, part in trainer.compute_metrics.parts.items()
+    (found,) = trainer.preprocess_logits_for_metrics((classes, masks), [target])
+    assert len(found["instance"]["scores"]) == 10 and found["panoptic"]["counts"].sum() > 0
+
+    def kept_after(number: int) -> dict[str, int]:
+        for image_id in range(number):
+            picture = {name: pickle.loads(pickle.dumps(value)) for name, value in found.items()}
+            trainer.compute_metrics(EvalPrediction([picture | {"image_id": image_id}], []), compute_result=False)
+        parts = trainer.compute_metrics.parts.items()
+        return {
+            name: len(pickle.dumps([vars(part)[key] for key in vars(part) if key != "data"])) for name, part in parts
         }
-    per_picture = {name: (grown[1][name] - grown[0][name]) / 100 for name in grown[0]}
-    assert per_picture["semantic"] < 10 and per_picture["panoptic"] < 300 and per_picture["instance"] < 2000
+
+    few, many = kept_after(100), kept_after(200)
+    grown = {name: (many[name] - few[name]) / 100 for name in few}
+    assert grown["semantic"] < 10 and grown["panoptic"] < 300 and grown["instance"] < 2500
 
 
 def test_arguments_that_would_mix_pictures_are_refused(data, tmp_path):

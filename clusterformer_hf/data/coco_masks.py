@@ -66,13 +66,27 @@ class InstanceData(DetectionData):
         selected.masks = ByteStrings.pack(counts for row in rows for counts in self._counts(row))
         return selected
 
+    def annotations(self, row: int) -> list[dict]:
+        """All boxes and masks of a picture in COCO's format, with the original ids of image and category."""
+        image_id, size, category_ids = int(self.image_ids[row]), self.sizes[row].tolist(), self.category_ids
+        return [
+            {
+                "id": number + 1,  # pycocotools takes an annotation with id 0 for one that nothing matches
+                "image_id": image_id,
+                "category_id": category_ids[self.classes[number]],
+                "bbox": self.boxes[number].tolist(),
+                "area": float(self.areas[number]),
+                "iscrowd": int(self.crowds[number]),
+                "segmentation": {"size": size, "counts": self.masks[number]},
+            }
+            for number in range(self.offsets[row], self.offsets[row + 1])
+        ]
+
     def ground_truth(self) -> dict:
         """All boxes and masks in COCO's format, with the original image and category ids."""
-        content = super().ground_truth()
-        sizes = np.repeat(self.sizes, np.diff(self.offsets), axis=0).tolist()
-        for number, (annotation, size) in enumerate(zip(content["annotations"], sizes)):
-            annotation["segmentation"] = {"size": size, "counts": self.masks[number]}
-        return content
+        return super().ground_truth() | {
+            "annotations": [annotation for row in range(len(self)) for annotation in self.annotations(row)]
+        }
 
 
 def read_coco_masks(
