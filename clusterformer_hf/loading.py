@@ -16,7 +16,7 @@
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Weights of one part that messages name one by one.
 MAX_NAMED = 3
+# Of COCO's usual 800 and 1333.
+LONGEST_TO_SHORTEST = 5 / 3
 
 
 @dataclass
@@ -136,6 +138,44 @@ def load_image_processor(args: ModelArguments) -> BaseImageProcessor | None:
     except OSError:
         logger.warning(f"{args.model_name_or_path} has no image processor; a new one is made.")
         return None
+
+
+def load_fitting_image_processor(
+    args: ModelArguments, config: PreTrainedConfig, fits: Callable, new: Callable
+) -> BaseImageProcessor:
+    """
+    The image processor that is named, or the checkpoint's if it is for the task, or a new one.
+
+    Args:
+        fits: Whether an image processor is for the task.
+        new: Makes one from the config of a ClusterFormer.
+
+    Raises:
+        `ValueError`: if the one that is named is for another task, or one would have to be made for another model.
+    """
+    image_processor = load_image_processor(args)
+    if image_processor is not None and fits(image_processor):
+        return image_processor
+    if args.image_processor_name is not None:
+        raise ValueError(
+            f"--image_processor_name {args.image_processor_name} holds a {type(image_processor).__name__}, which is "
+            "for another task."
+        )
+    if config.model_type != ClusterFormerConfig.model_type:
+        raise ValueError(f"A {config.model_type} model needs the image processor of its kind: --image_processor_name.")
+    if image_processor is not None:
+        logger.warning(f"A new image processor is made: {type(image_processor).__name__} is for another task.")
+    return new(config)
+
+
+def proportional_size(config: PreTrainedConfig) -> dict[str, int]:
+    """
+    An image processor's size that keeps proportions: `image_size` is the shorter side, and the longer one is at most
+    5/3 of it, as 800 and 1333 are for COCO; two numbers are the shortest and longest side.
+    """
+    size = config.image_size
+    shortest, longest = (size, round(size * LONGEST_TO_SHORTEST)) if isinstance(size, int) else sorted(size)
+    return {"shortest_edge": shortest, "longest_edge": longest}
 
 
 def describe(model: PreTrainedModel, args: ModelArguments) -> str:

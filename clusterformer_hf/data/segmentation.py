@@ -133,23 +133,29 @@ class SegmentationCollator:
         pad_to_multiple_of: Else height and width of the batch become multiples of it.
         mask2former_labels: Whether masks and classes come as `mask_labels` and `class_labels`, two lists, which other
             models of transformers take.
+        pixel_mask: Whether the model takes one.
     """
 
     def __init__(
-        self, pad_to: tuple[int, int] | None = None, pad_to_multiple_of: int = 1, mask2former_labels: bool = False
+        self,
+        pad_to: tuple[int, int] | None = None,
+        pad_to_multiple_of: int = 1,
+        mask2former_labels: bool = False,
+        pixel_mask: bool = True,
     ):
-        self.pad_to, self.pad_to_multiple_of, self.mask2former_labels = pad_to, pad_to_multiple_of, mask2former_labels
+        self.pad_to, self.pad_to_multiple_of = pad_to, pad_to_multiple_of
+        self.mask2former_labels, self.pixel_mask = mask2former_labels, pixel_mask
 
     def __call__(self, examples: list[dict]) -> dict:
         pictures = [example["pixel_values"] for example in examples]
         size = self.pad_to or [self._padded(max(picture.shape[axis] for picture in pictures)) for axis in (1, 2)]
         batch = {
             "pixel_values": torch.stack([pad(picture, size) for picture in pictures]),
-            "pixel_mask": torch.stack(
-                [pad(torch.ones_like(picture[0], dtype=torch.int64), size) for picture in pictures]
-            ),
             **self._labels([example["labels"] for example in examples], size),
         }
+        if self.pixel_mask:
+            real = [torch.ones_like(picture[0], dtype=torch.int64) for picture in pictures]
+            batch["pixel_mask"] = torch.stack([pad(mask, size) for mask in real])
         if "target" in examples[0]:
             batch["targets"] = [example["target"] | {"padded_size": torch.tensor(size)} for example in examples]
         not_finite = [
