@@ -16,15 +16,16 @@ Runs a saved model on pictures: writes what it finds as JSON and draws it.
 
     python scripts/predict.py cat.jpg photos "more/**/*.png" --model outputs/mine --output_dir outputs/predictions
 
-What is done depends on the model: a classifier names the classes, a detector draws boxes. `--clusters` also draws the
-pixels that each box was read from. Written into the output folder: `predictions.json`, one entry for each picture in
-the order given, `NAME.png`, the picture with its result, and `clusters/NAME.png`. Files that cannot be read are named
-there and at the end; the others are done all the same, and the exit code is 1.
+What is done depends on the model: a classifier names the classes, a detector draws boxes, a model for segmentation
+draws segments. `--clusters` also draws the pixels that each box was read from; `--subtask` chooses what a universal
+model segments. Written into the output folder: `predictions.json`, one entry for each picture in the order given,
+`NAME.png`, the picture with its result, and `clusters/NAME.png`. Segments are also written for other tools:
+`panoptic.json` with `panoptic/NAME.png` or `instances.json`, both in COCO's format, or label maps, `semantic/NAME.png`.
+Files that cannot be read are named there and at the end; the others are done all the same, and the exit code is 1.
 """
 
 import glob
 import json
-import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,12 +33,15 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from transformers import (
     MODEL_FOR_BACKBONE_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     HfArgumentParser,
@@ -47,7 +51,19 @@ from transformers import (
 
 from clusterformer_hf import ClusterFormerConfig
 from clusterformer_hf.data.images import open_image
+from clusterformer_hf.segmentation_pictures import add_legend, draw_segments, segment_colors
+from clusterformer_hf.segmentation_results import (
+    InstanceFiles,
+    PanopticFiles,
+    SegmentFiles,
+    SegmentPipeline,
+    SemanticFiles,
+)
 from clusterformer_hf.visualization import detection_queries, draw_box_assignments, draw_boxes, label_font
+
+
+SUBTASKS = ("panoptic", "instance", "semantic")
+SEGMENT_FILES = dict(zip(SUBTASKS, (PanopticFiles, InstanceFiles, SemanticFiles)))
 
 
 @dataclass
@@ -56,20 +72,26 @@ class Arguments:
 
     model: str = field(metadata={"help": "Folder that a model was saved in with its image processor."})
     output_dir: Path = field(default=Path("outputs/predictions"), metadata={"help": "Where the results go."})
-    threshold: float = field(default=0.5, metadata={"help": "Detection: least score of a box that is kept."})
+    threshold: float = field(default=0.5, metadata={"help": "Detection and segmentation: least score that is kept."})
     top_k: int = field(default=5, metadata={"help": "Classification: number of classes, the likeliest first."})
     clusters: bool = field(
         default=False, metadata={"help": "Detection: also draw the pixels that each box was read from."}
     )
+    subtask: str | None = field(
+        default=None,
+        metadata={"help": "Universal segmentation: panoptic, if unset, or instance or semantic.", "choices": SUBTASKS},
+    )
     batch_size: int = field(
         default=1,
-        metadata={"help": "Pictures that go through a model together; for detection only neighbours of one size do."},
+        metadata={"help": "Pictures that go through a model together; classifiers aside, neighbours of one size."},
     )
     device: str = field(default="cpu", metadata={"help": "Where the model runs: cpu, cuda, cuda:1, mps, ..."})
 
     def __post_init__(self):
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"--threshold must be in [0, 1], got {self.threshold}.")
+        if self.subtask not in (None, *SUBTASKS):
+            raise ValueError(f"--subtask must be {', '.join(SUBTASKS)}, got {self.subtask}.")
         for name in ("top_k", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
@@ -88,6 +110,8 @@ class Task:
         draw: Draws a picture's predictions, as the pipeline returns them.
         draw_clusters: Draws what `--clusters` asks for.
         summary: The predictions in a few words.
+        subtasks: What `--subtask` may choose, the default first.
+        pipeline_class: If not the one that transformers has for the task.
     """
 
     name: str
@@ -97,6 +121,11 @@ class Task:
     draw: Callable[[Pipeline, Image.Image, list[dict]], Image.Image]
     draw_clusters: Callable[[Pipeline, Image.Image, Arguments], Image.Image] | None
     summary: Callable[[list[dict]], str]
+    subtasks: tuple[str, ...] = ()
+    pipeline_class: type[Pipeline] | None = None
+
+    def subtask(self, args: Arguments) -> str | None:
+        return args.subtask or next(iter(self.subtasks), None)
 
 
 def draw_classes(predictor: Pipeline, picture: Image.Image, predictions: list[dict]) -> Image.Image:
@@ -145,6 +174,26 @@ def count_objects(predictions: list[dict]) -> str:
     return "nothing found" if not counts else ", ".join(f"{number} x {label}" for label, number in counts.items())
 
 
+def name_segments(predictions: list[dict]) -> str:
+    """How many there are of each class; for a semantic map, where there is one of each, its share of the picture."""
+    if not predictions or predictions[0]["score"] is not None:
+        return count_objects(predictions)
+    shares = sorted(predictions, key=lambda row: -row["mask"].sum())
+    return ", ".join(f"{row['label']} {row['mask'].mean():.1%}" for row in shares)
+
+
+def draw_found_segments(predictor: Pipeline, picture: Image.Image, predictions: list[dict]) -> Image.Image:
+    """The picture under its segments, with a legend: a colour for each class if there are no scores, else for each."""
+    # The most certain one on top.
+    masks = [row["mask"] for row in reversed(predictions)]
+    is_semantic = all(row["score"] is None for row in predictions)
+    num_labels = predictor.model.config.num_labels if is_semantic else None
+    colors = segment_colors([row["label_id"] for row in predictions], num_labels)
+    drawn = draw_segments(picture, np.array(masks).reshape(-1, picture.height, picture.width), colors[::-1])
+    texts = [row["label"] if is_semantic else f"{row['label']} {row['score']:.2f}" for row in predictions]
+    return add_legend(drawn, texts, colors)
+
+
 TASKS = (
     Task(
         name="image-classification",
@@ -164,16 +213,39 @@ TASKS = (
         draw_clusters=draw_detection_clusters,
         summary=count_objects,
     ),
+    Task(
+        name="image-segmentation",
+        models=MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
+        one_size=True,
+        options=lambda args: {"threshold": args.threshold},
+        draw=draw_found_segments,
+        draw_clusters=None,
+        summary=name_segments,
+        subtasks=SUBTASKS,
+        pipeline_class=SegmentPipeline,
+    ),
+    Task(
+        name="image-segmentation",
+        models=MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+        one_size=True,
+        options=lambda args: {},
+        draw=draw_found_segments,
+        draw_clusters=None,
+        summary=name_segments,
+        subtasks=("semantic",),
+        pipeline_class=SegmentPipeline,
+    ),
 )
 
 
-def find_task(model: str, clusters: bool) -> Task:
+def find_task(args: Arguments) -> Task:
     """
     The task of a saved model, from the architecture that its config names.
 
     Raises:
-        `ValueError`: if there is no model, no task for its architecture, or no clusters to draw where they are wanted.
+        `ValueError`: if there is no model, no task for its architecture, or the task has no such clusters or subtask.
     """
+    model = args.model
     try:
         config = AutoConfig.from_pretrained(model)
     except OSError as error:
@@ -183,8 +255,10 @@ def find_task(model: str, clusters: bool) -> Task:
         raise ValueError(f"The config in {model} names no architecture. `save_pretrained` of a model writes it there.")
     for task in TASKS:
         if names & architectures(task.models, config):
-            if clusters and (task.draw_clusters is None or config.model_type != ClusterFormerConfig.model_type):
+            if args.clusters and (task.draw_clusters is None or config.model_type != ClusterFormerConfig.model_type):
                 raise ValueError(f"--clusters needs a detector of ClusterFormer, and {model} holds {', '.join(names)}.")
+            if args.subtask not in (None, *task.subtasks):
+                raise ValueError(f"{model} holds {', '.join(names)}, which has no --subtask {args.subtask}.")
             return task
     supported = ", ".join(f"{task.name} ({', '.join(architectures(task.models, config))})" for task in TASKS)
     reason = "which is not supported"
@@ -259,42 +333,50 @@ def output_names(paths: list[Path], output_dir: Path) -> dict[Path, str]:
     return names
 
 
-def output_files(output_dir: Path, name: str) -> tuple[Path, Path]:
-    """Of the drawn picture and of its clusters."""
-    return output_dir / f"{name}.png", output_dir / "clusters" / f"{name}.png"
+def output_files(output_dir: Path, name: str) -> list[Path]:
+    """Of the drawn picture, of its clusters and of its segments."""
+    return [output_dir / folder / f"{name}.png" for folder in ("", "clusters", "panoptic", "semantic")]
 
 
 def load_predictor(task: Task, args: Arguments) -> Pipeline:
-    # The pipeline knows its own models by name and calls others an error, though it runs them.
-    logging.getLogger("transformers.pipelines.base").addFilter(
-        lambda record: f"is not supported for {task.name}" not in record.getMessage()
-    )
-    return pipeline(task.name, model=args.model, device=args.device)
+    return pipeline(task.name, model=args.model, device=args.device, pipeline_class=task.pipeline_class)
+
+
+def open_files(task: Task, args: Arguments, config) -> SegmentFiles | None:
+    """The files of segments, where there are any."""
+    return SEGMENT_FILES[task.subtask(args)](args.output_dir, config) if task.subtasks else None
 
 
 def main(args: list[str] | None = None):
     parser = HfArgumentParser(Arguments)
     parser.add_argument("images", nargs="+", help="Pictures: files, folders or patterns such as 'photos/*.jpg'.")
     args, inputs = parser.parse_args_into_dataclasses(args)
-    task = find_task(args.model, args.clusters)
+    task = find_task(args)
     paths, problems = find_pictures(inputs.images)
     names = output_names(paths, args.output_dir)
     predictor = load_predictor(task, args)
     (args.output_dir / "clusters" if args.clusters else args.output_dir).mkdir(parents=True, exist_ok=True)
+    files, options = open_files(task, args, predictor.model.config), task.options(args)
+    if files is not None:
+        options["subtask"] = task.subtask(args)
 
     results = {}
     for batch in read_batches(paths, args.batch_size, task.one_size, problems):
         pictures = [picture for _, picture in batch]
-        answers = predictor(pictures, batch_size=len(pictures), **task.options(args))
+        answers = predictor(pictures, batch_size=len(pictures), **options)
         for (path, picture), predictions in zip(batch, answers, strict=True):
-            drawn, clusters = output_files(args.output_dir, names[path])
+            drawn, clusters, *_ = output_files(args.output_dir, names[path])
             task.draw(predictor, picture, predictions).save(drawn)
             if args.clusters:
                 task.draw_clusters(predictor, picture, args).save(clusters)
+            print(f"{path}: {task.summary(predictions)}")
+            if files is not None:
+                predictions = files.add(path, names[path], (picture.height, picture.width), predictions)
             size = {"width": picture.width, "height": picture.height}
             results[path] = {"file": str(path), "size": size, "picture": drawn.name, "predictions": predictions}
-            print(f"{path}: {task.summary(predictions)}")
 
+    if files is not None:
+        files.close()
     entries = [results.get(path) or {"file": str(path), "error": problems[str(path)]} for path in paths]
     known = {entry["file"] for entry in entries}
     entries += [{"file": text, "error": problem} for text, problem in problems.items() if text not in known]
