@@ -39,6 +39,13 @@ from ..training import ClusterFormerTrainer
 class SegmentationTrainer(ClusterFormerTrainer):
     """[`ClusterFormerTrainer`] that hands the `targets` of evaluation batches to the metrics and not to the model."""
 
+    def evaluation_loop(self, *args, **kwargs):
+        # The losses sample points: the same ones in every evaluation, whatever came before it.
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.args.seed)
+            return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         targets = self._prepare_input(inputs.pop("targets", None))
         # Models that take labels in two forms would need both for a loss.
