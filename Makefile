@@ -10,7 +10,7 @@ OLDEST_INSTALLED = $(OLDEST_VENV)/.clusterformer-installed
 PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 .DEFAULT_GOAL = help
-.PHONY: help install demo demo-detection test style quality conformance conformance-min benchmark clean
+.PHONY: help install demo demo-detection demo-segmentation test style quality conformance conformance-min benchmark clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -22,6 +22,9 @@ demo: $(INSTALLED) ## train, save, reload and draw a small model on real digits
 
 demo-detection: $(INSTALLED) ## train a small detector on digit scenes and draw what it sees, in half an hour
 	$(BIN)/python scripts/demo_detection.py
+
+demo-segmentation: $(INSTALLED) ## train a small panoptic model on digit scenes and draw what it finds beside the truth
+	$(BIN)/python scripts/demo_segmentation.py
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -q tests
