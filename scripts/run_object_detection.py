@@ -28,14 +28,11 @@ An evaluation writes COCO's average precision to `eval_results.json` and the box
 category ids, to `coco_results.json`.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 from transformers import AutoModelForObjectDetection, BaseImageProcessor, DeformableDetrImageProcessor, PreTrainedConfig
 
-from clusterformer_hf import ClusterFormerConfig
 from clusterformer_hf.data.classification import load_pictures
 from clusterformer_hf.data.coco import find_coco_splits, read_coco
 from clusterformer_hf.data.detection import (
@@ -49,7 +46,15 @@ from clusterformer_hf.data.detection import (
 )
 from clusterformer_hf.data.detection_data import DetectionData
 from clusterformer_hf.data.object_columns import read_objects
-from clusterformer_hf.loading import ModelArguments, describe, load_config, load_image_processor, load_model
+from clusterformer_hf.data.splits import Reader, SplitArguments, load_splits, name_classes
+from clusterformer_hf.loading import (
+    ModelArguments,
+    describe,
+    load_config,
+    load_fitting_image_processor,
+    load_model,
+    proportional_size,
+)
 from clusterformer_hf.metrics.detection import (
     DetectionMetric,
     DetectionPostProcessor,
@@ -66,12 +71,8 @@ from clusterformer_hf.training import (
 )
 
 
-# Of COCO's usual 800 and 1333.
-LONGEST_TO_SHORTEST = 5 / 3
-
-
 @dataclass
-class DataArguments:
+class DataArguments(SplitArguments):
     """Which pictures it is trained and evaluated on."""
 
     dataset_name: str | None = field(
@@ -82,18 +83,6 @@ class DataArguments:
     train_annotations: str | None = field(default=None, metadata={"help": "Their boxes: JSON in COCO's format."})
     validation_images: str | None = field(default=None, metadata={"help": "Folder of the validation pictures."})
     validation_annotations: str | None = field(default=None, metadata={"help": "Their boxes."})
-    train_val_split: float = field(
-        default=0.15, metadata={"help": "Share for validation where there is no validation split; chosen by --seed."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many pictures only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many pictures only."})
-    skip_corrupt: bool = field(
-        default=False,
-        metadata={"help": "Leave out pictures that cannot be read or are not of the annotated size."},
-    )
-    pad_to_multiple_of: int = field(
-        default=1, metadata={"help": "Height and width of batches: fewer shapes for --torch_compile."}
-    )
     fast_metric: bool = field(
         default=False, metadata={"help": "Average precision by faster-coco-eval: the same numbers but for rounding."}
     )
@@ -123,12 +112,12 @@ def main(args: list[str] | None = None):
     set_up_evaluation(training_args)
 
     with training_args.main_process_first(desc="reading the pictures"):
-        splits, skipped = load_splits(data_args, training_args)
+        splits, skipped = load_splits(find_splits(data_args), data_args, training_args, drop_corrupt)
     config = load_config(model_args)
     if training_args.do_train:
         name_classes(config, splits["train"])
     model = load_model(AutoModelForObjectDetection, model_args, config, training_args.do_train)
-    image_processor = load_image_processor(model_args) or new_image_processor(config)
+    image_processor = load_fitting_image_processor(model_args, config, finds_boxes, new_image_processor)
 
     train_dataset = eval_dataset = metric = None
     if "train" in splits:
@@ -162,79 +151,25 @@ def main(args: list[str] | None = None):
         write_card(trainer, "object-detection", source, None, asdict(augmentation_args), **paragraphs)
 
 
-def load_splits(
-    data_args: DataArguments, training_args: ClusterFormerTrainingArguments
-) -> tuple[dict[str, DetectionData], list[str]]:
-    """The pictures and boxes that are used, checked, and a line for each picture that was left out."""
-    wanted = ["train"] * training_args.do_train + ["validation"] * training_args.do_eval
-    if training_args.eval_strategy != "no" and not training_args.do_eval:
-        wanted.append("validation")
-    readers = find_splits(data_args)
-    if "validation" in wanted and "validation" not in readers and data_args.train_val_split:
-        splits = split_off_validation(readers["train"](), data_args.train_val_split, training_args.seed)
-    else:
-        splits = {split: readers[split]() for split in wanted if split in readers}
-
-    skipped, limits = [], {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
-    for split in wanted:
-        if split not in splits:
-            raise ValueError(f"There is no {split} split in {data_args}.")
-        rows = np.arange(len(splits[split]))
-        if limits[split] is not None:
-            rows = np.random.default_rng(training_args.seed).permutation(rows)[: limits[split]]
-        splits[split], problems = drop_corrupt(
-            splits[split].select(rows), data_args.skip_corrupt, training_args.dataloader_num_workers or None
-        )
-        skipped += problems
-        if not len(splits[split]):
-            raise ValueError(f"There are no pictures to use in {splits[split].source}.")
-    return {split: splits[split] for split in wanted}, skipped
-
-
-def find_splits(data_args: DataArguments) -> dict[str, Callable[[], DetectionData]]:
-    """For each split there is a function that reads it: a large file that is not needed is not read."""
+def find_splits(data_args: DataArguments) -> dict[str, Reader]:
+    """For each split that there is a function that reads it."""
     files, folder = data_args.files, Path(data_args.dataset_name or "")
     if data_args.dataset_name is not None:
         if not folder.is_dir() or (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             splits, _ = load_pictures(data_args.dataset_name, data_args.dataset_config_name)
             read = read_objects(splits, data_args.dataset_name)
-            return {split: lambda data=data: data for split, data in read.items()}
+            return {split: lambda data=data: (data, []) for split, data in read.items()}
         files = find_coco_splits(folder)
-    return {split: lambda paths=paths: read_coco(*paths) for split, paths in files.items()}
+    return {split: lambda paths=paths: (read_coco(*paths), []) for split, paths in files.items()}
 
 
-def split_off_validation(data: DetectionData, share: float, seed: int) -> dict[str, DetectionData]:
-    """Keeps a random share of the pictures, at least one, for validation."""
-    if not 0 < share < 1 or len(data) < 2:
-        raise ValueError(f"--train_val_split {share} of the {len(data)} pictures of {data.source} leaves a part empty.")
-    rows = np.random.default_rng(seed).permutation(len(data))
-    number = min(max(round(share * len(data)), 1), len(data) - 1)
-    return {"train": data.select(np.sort(rows[number:])), "validation": data.select(np.sort(rows[:number]))}
-
-
-def name_classes(config: PreTrainedConfig, data: DetectionData):
-    """
-    Gives a model the classes of its training data and their original ids. A model that knows just these classes keeps
-    their order, and with it its heads.
-    """
-    fields = data.config_fields()
-    if set(data.class_names) == set(config.id2label.values()):
-        original = dict(zip(data.class_names, data.category_ids))
-        fields = {"original_category_ids": [original[name] for _, name in sorted(config.id2label.items())]}
-    for name, value in fields.items():
-        setattr(config, name, value)
+def finds_boxes(image_processor: BaseImageProcessor) -> bool:
+    """Whether an image processor is for detection."""
+    return hasattr(image_processor, "post_process_object_detection")
 
 
 def new_image_processor(config: PreTrainedConfig) -> BaseImageProcessor:
-    """
-    An image processor that keeps the proportions of pictures, boxes included: `image_size` is the shorter side, and
-    the longer one is at most 5/3 of it, as 800 and 1333 are for COCO; two numbers are the shortest and longest side.
-    """
-    if config.model_type != ClusterFormerConfig.model_type:
-        raise ValueError(f"A {config.model_type} model needs the image processor of its kind: --image_processor_name.")
-    size = config.image_size
-    shortest, longest = (size, round(size * LONGEST_TO_SHORTEST)) if isinstance(size, int) else sorted(size)
-    return DeformableDetrImageProcessor(size={"shortest_edge": shortest, "longest_edge": longest})
+    return DeformableDetrImageProcessor(size=proportional_size(config))
 
 
 def card_paragraphs(model_args, model, splits: dict[str, DetectionData], skipped: list[str]) -> dict[str, str]:

@@ -31,8 +31,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoImageProcessor,
     AutoModelForObjectDetection,
     DeformableDetrImageProcessor,
+    ViTImageProcessor,
     YolosConfig,
     YolosForObjectDetection,
     YolosImageProcessor,
@@ -338,6 +340,7 @@ def test_classification_checkpoint(scenes, tmp_path, caplog):
     """It gives its backbone, and the log says what is new."""
     config = ClusterFormerConfig(**BACKBONE, num_labels=5)
     ClusterFormerForImageClassification(config).save_pretrained(tmp_path / "classifier")
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "classifier")
     flags = ["--do_train", "--max_steps=1", "--learning_rate=0", f"--model_name_or_path={tmp_path / 'classifier'}"]
     caplog.set_level("INFO")
     main(command(scenes, tmp_path / "out", *flags, config=DECODER))
@@ -348,6 +351,7 @@ def test_classification_checkpoint(scenes, tmp_path, caplog):
     assert f"Taken from {tmp_path / 'classifier'}: clusterformer.* ({len(shared)} weights)." in caplog.text
     assert "Newly initialised, not from" in caplog.text and "decoder.* (" in caplog.text
     assert "Not used of" in caplog.text and "classifier.bias, classifier.weight" in caplog.text
+    assert isinstance(AutoImageProcessor.from_pretrained(tmp_path / "out"), DeformableDetrImageProcessor)
     with pytest.raises(
         ValueError, match="cannot be evaluated as ClusterFormerForObjectDetection: it has no class_heads"
     ):
