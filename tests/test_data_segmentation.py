@@ -383,6 +383,7 @@ def test_masks_are_those_of_pycocotools(instances, tmp_path):
 
 def test_ground_truth_keeps_crowds_and_ids_and_completes_the_rest(instances):
     truth = instances.ground_truth()
+    assert [one["id"] for one in truth["annotations"]] == [1, 2, 3, 4, 5]
     assert [one["image_id"] for one in truth["annotations"]] == [42, 42, 42, 42, 17]
     assert [one["category_id"] for one in truth["annotations"]] == [3, 7, 7, 3, 90]
     assert [one["iscrowd"] for one in truth["annotations"]] == [0, 0, 0, 1, 0]

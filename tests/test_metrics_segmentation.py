@@ -21,6 +21,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -385,6 +386,21 @@ def scores_of(pictures: list[tuple[list, list]], iou_type: str = "segm", size=(1
     return average_precision(matches, {1: "a", 2: "b", 3: "c"})
 
 
+def all_at_once(pictures: list[tuple[list, list]], iou_type: str = "segm", size=(100, 100)) -> np.ndarray:
+    """The twelve statistics of pycocotools."""
+    numbered = [
+        [one | {"image_id": row} for row, picture in enumerate(pictures) for one in picture[side]] for side in (0, 1)
+    ]
+    content = {
+        "images": [{"id": row, "height": size[0], "width": size[1]} for row in range(len(pictures))],
+        "annotations": [one | {"id": number} for number, one in enumerate(numbered[0], start=1)],
+        "categories": [{"id": category_id, "name": str(category_id)} for category_id in (1, 2, 3)],
+    }
+    field = {"segm": "segmentation", "bbox": "bbox"}[iou_type]  # a box would give a mask's area
+    results = [{name: one[name] for name in ("image_id", "category_id", "score", field)} for one in numbered[1]]
+    return official(content, results, iou_type)
+
+
 @pytest.mark.parametrize("pictures, values", MASK_CASES.values(), ids=MASK_CASES)
 def test_average_precision_worked_by_hand(pictures, values, capsys):
     metrics = scores_of(pictures)
@@ -406,6 +422,9 @@ def test_average_precision_of_pycocotools(iou_type):
             x, y = generator.integers(0, [350, 250])
             w, h = generator.integers(4, [400 - x, 300 - y]) // generator.integers(1, 5) + 1
             box = np.array([x, y, w, h])
+            if number % 2:  # a part of the one before, so that findings fit both
+                box = truth[-1]["bbox"] - np.array([0, 0, 1, 1]) * generator.integers(0, 9, 4)
+                box = np.maximum(box, [0, 0, 1, 1])
             truth.append(_object(box) | {"id": number + 1, "iscrowd": int(generator.random() < 0.1)})
             for _ in range(generator.integers(0, 30)):
                 moved = np.maximum(box + generator.integers(-4, 5, 4), [0, 0, 1, 1])
@@ -413,23 +432,29 @@ def test_average_precision_of_pycocotools(iou_type):
         for one in truth + found:
             one["category_id"] = int(generator.integers(1, 3))
         pictures.append((truth, found[:150]))
-    fields = {"segm": ("segmentation",), "bbox": ("bbox",)}[iou_type]  # a box would give a mask's area
-    numbered = [
-        [one | {"image_id": image_id} for image_id, picture in enumerate(pictures) for one in picture[side]]
-        for side in (0, 1)
-    ]
-    content = {
-        "images": [{"id": image_id, "height": 300, "width": 400} for image_id in range(40)],
-        "annotations": [one | {"id": number} for number, one in enumerate(numbered[0], start=1)],
-        "categories": [{"id": category_id, "name": str(category_id)} for category_id in (1, 2, 3)],
-    }
-    results = [{name: one[name] for name in ("image_id", "category_id", "score", *fields)} for one in numbered[1]]
-    expected = official(content, results, iou_type)
+    expected = all_at_once(pictures, iou_type, (300, 400))
     metrics = scores_of(pictures, iou_type, (300, 400))
     assert [metrics[name] for name in STATISTICS] == expected.tolist()
     assert len(set(expected.tolist())) == 12 and all(0.02 < value < 0.98 for value in expected)
     assert set(metrics) - set(STATISTICS) == {"AP_a", "AP_b"}
     assert (metrics["AP_a"] + metrics["AP_b"]) / 2 == pytest.approx(metrics["AP"])
+
+
+def test_what_is_matched_depends_on_the_areas():
+    """
+    A small mask within a medium one. Of all areas the first finding is the small one and the second the medium one; of
+    medium areas the first is the medium one, and the second is wrong, before the right one of another picture.
+    """
+    large, small, first, second = (np.zeros_like(BOX) for _ in range(4))
+    large[:50, :60], small[:50, :20], first[:50, :34], second[:50, 20:60] = True, True, True, True
+    pictures = [
+        ([entry(large), entry(small, id=2)], [entry(first), entry(second, score=0.8)]),
+        ([entry(BOX)], [entry(BOX, score=0.5)]),
+    ]
+    matched = match_objects(*pictures[0], "segm", (100, 100))["matched"]
+    assert matched[:3, 0].tolist() == [[True, True], [True, True], [True, False]]  # all, small and medium, IoU 0.5
+    metrics = scores_of(pictures)
+    assert [metrics[name] for name in STATISTICS] == all_at_once(pictures).tolist()
 
 
 def _object(box: np.ndarray) -> dict:
@@ -804,7 +829,7 @@ def test_padding_changes_nothing(folder, tmp_path):
 
 
 def test_a_picture_that_comes_twice_counts_once(data, tmp_path):
-    trainer = trainer_for(data, tmp_path)
+    trainer = trainer_for(data, tmp_path, png_folder=tmp_path / "found")
     loader, found = trainer.get_eval_dataloader(), []
     with torch.no_grad():
         for batch in loader:
@@ -815,12 +840,22 @@ def test_a_picture_that_comes_twice_counts_once(data, tmp_path):
     assert trainer.compute_metrics(EvalPrediction(found[:4] + found[:2], []), compute_result=False) == {}
     twice = trainer.compute_metrics(EvalPrediction(found[2:], []), compute_result=True)
     assert once == twice
-    # The next evaluation begins with nothing: other results, here of the wrong pictures, stand alone.
-    ids = [picture["image_id"] for picture in found]
-    other = EvalPrediction([picture | {"image_id": ids[row - 1]} for row, picture in enumerate(found)], [])
-    expected = trainer_for(data, tmp_path).compute_metrics(other, compute_result=True)
-    later = trainer.compute_metrics(other, compute_result=True)
-    assert later == expected
+    results = trainer.compute_metrics.parts["instance"].results
+    assert len(results) == sum(len(picture["instance"]["results"]) for picture in found) > 0
+    # The next evaluation begins with nothing: other results, here of the same picture each time, stand alone.
+    other = EvalPrediction([found[0] | {"image_id": picture["image_id"]} for picture in found], [])
+    alone = trainer_for(data, tmp_path).compute_metrics(other, compute_result=True)
+    assert trainer.compute_metrics(other, compute_result=True) == alone
+    assert all(alone[name] != once[name] for name in ("PQ", "AP", "mIoU"))
+
+
+def test_equal_scores_count_in_the_order_of_the_image_ids():
+    """Of two masks with the same score, in picture 3 a wrong one and in 5 the right one, the wrong one comes first."""
+    data = SimpleNamespace(image_ids=np.array([5, 3]), categories={1: "a"}, source="pictures")
+    right = {"image_id": 5} | match_objects([entry(BOX)], [entry(BOX)], "segm", (100, 100))
+    wrong = {"image_id": 3} | match_objects([], [entry(BOX)], "segm", (100, 100))
+    metrics = InstanceMetric(data)(EvalPrediction([right, wrong], []), compute_result=True)
+    assert metrics["AP"] == pytest.approx(0.5)
 
 
 def test_memory_stays_flat(data, tmp_path):
