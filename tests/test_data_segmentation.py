@@ -878,7 +878,7 @@ def test_training_batches(name, request):
     assert set(batch) == {"pixel_values", "pixel_mask", "labels"}
     assert batch["pixel_values"].shape == (3, 3, 32, 32) and batch["pixel_mask"].dtype == torch.int64
     padding = 0
-    for example, pixels, mask, labels in zip(examples, *batch.values()):
+    for example, pixels, mask, labels in zip(examples, batch["pixel_values"], batch["pixel_mask"], batch["labels"]):
         height, width = example["pixel_values"].shape[-2:]
         assert torch.equal(pixels[:, :height, :width], example["pixel_values"]) and mask[:height, :width].all()
         assert mask.sum() == height * width and not pixels[:, mask == 0].any()
@@ -890,6 +890,7 @@ def test_training_batches(name, request):
             assert not labels["masks"][:, mask == 0].any()
             assert torch.equal(labels["class_labels"], example["labels"]["class_labels"])
     assert padding > 0
+    assert set(SegmentationCollator(pad_to=(32, 32), pixel_mask=False)(examples)) == {"pixel_values", "labels"}
 
 
 def test_evaluation_batches(panoptic, instances):
