@@ -184,6 +184,10 @@ class InstanceFiles(SegmentFiles):
             entry |= {"id": len(self.annotations), "bbox": box}
         return entries
 
+    def content(self):
+        content = super().content()
+        return content | {"categories": [category for category in content["categories"] if category["isthing"]]}
+
 
 class PanopticFiles(SegmentFiles):
     """`panoptic.json` and `panoptic/NAME.png` in COCO's format."""

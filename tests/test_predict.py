@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""scripts/predict.py on real pictures, with a small classifier and a small detector."""
+"""scripts/predict.py on real pictures, with a small classifier, a small detector and small models for segmentation."""
 
 import json
 import os
@@ -23,10 +23,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from hotcoco.panoptic import PanopticEval
 from PIL import Image
+from pycocotools.coco import COCO
 from skimage import data
 from transformers import (
     DeformableDetrImageProcessor,
+    Mask2FormerImageProcessor,
+    SegformerImageProcessor,
     ViTConfig,
     ViTForMaskedImageModeling,
     ViTImageProcessor,
@@ -37,8 +42,14 @@ from clusterformer_hf import (
     ClusterFormerConfig,
     ClusterFormerForImageClassification,
     ClusterFormerForObjectDetection,
+    ClusterFormerForSemanticSegmentation,
+    ClusterFormerForUniversalSegmentation,
     ClusterFormerModel,
 )
+from clusterformer_hf.data.coco_masks import read_coco_masks
+from clusterformer_hf.data.coco_panoptic import open_segments, read_panoptic
+from clusterformer_hf.data.label_maps import open_label_map, read_class_names
+from clusterformer_hf.segmentation_pictures import MAX_ENTRIES, add_legend, draw_segments, segment_colors, side_by_side
 from clusterformer_hf.visualization import palette
 from scripts.predict import main
 
@@ -59,6 +70,8 @@ NANO = {
     "initializer_range": 0.3,
 }
 CLASSIFIER_PROCESSOR = ViTImageProcessor(size={"height": 64, "width": 64})
+UNIVERSAL_PROCESSOR = Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}, size_divisor=4)
+SEMANTIC_PROCESSOR = SegformerImageProcessor(size={"height": 64, "width": 64})
 DETECTOR_PROCESSOR = DeformableDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
 
 
@@ -72,14 +85,31 @@ def detector(tmp_path_factory) -> Path:
     return save(ClusterFormerForObjectDetection, DETECTOR_PROCESSOR, tmp_path_factory.mktemp("detector"))
 
 
-def save(model_class, processor, folder: Path) -> Path:
-    torch.manual_seed(0)
-    model = model_class(ClusterFormerConfig(**NANO))
+def save(model_class, processor, folder: Path, seed: int = 0, **fields) -> Path:
+    torch.manual_seed(seed)
+    model = model_class(ClusterFormerConfig(**NANO | fields))
     for head in getattr(model, "class_heads", []):
         torch.nn.init.zeros_(head.bias)  # so that some scores are above the threshold and some below
+    if hasattr(model, "class_head"):
+        torch.nn.init.constant_(model.class_head.bias[-1:], -5)  # every centre finds something
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def universal(tmp_path_factory) -> Path:
+    """Of three classes with ids of their own, the last of which has no instances."""
+    config = {"original_category_ids": [3, 7, 90], "label_ids_to_fuse": [2], "center_grid": [2, 2, 2, [2, 4]]}
+    folder = tmp_path_factory.mktemp("universal")
+    # One of the seeds with which some masks are not hidden by others.
+    return save(ClusterFormerForUniversalSegmentation, UNIVERSAL_PROCESSOR, folder, seed=2, **config)
+
+
+@pytest.fixture(scope="module")
+def semantic(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("semantic")
+    return save(ClusterFormerForSemanticSegmentation, SEMANTIC_PROCESSOR, folder, center_grid=[2, 2, 2, 4])
 
 
 @pytest.fixture
@@ -273,6 +303,177 @@ def test_nothing_can_be_read(classifier, pictures, tmp_path, capsys):
         ("broken.png", True),
         ("empty", True),
     ]
+
+
+# ---- segmentation ----------------------------------------------------------------------------------------------------
+
+FILES = ("one/cat.png", "two/cat.jpg", "two/person.png")
+
+
+def segment(model: Path, pictures: Path, output_dir: Path, *flags: str) -> list[dict]:
+    """Runs the script on all three pictures, of two sizes."""
+    main([*(str(pictures / name) for name in FILES), f"--model={model}", f"--output_dir={output_dir}", *flags])
+    return entries(output_dir)
+
+
+def outputs_of(model_class, processor, folder: Path, path: str):
+    """The model's outputs for a picture, without the pipeline, and the picture's height and width."""
+    picture = Image.open(path).convert("RGB")
+    with torch.no_grad():
+        outputs = model_class.from_pretrained(folder).eval()(**processor(picture, return_tensors="pt"))
+    return outputs, picture.size[::-1]
+
+
+def assert_overlay(output_dir: Path, result: dict, on_top: np.ndarray, colors: np.ndarray):
+    """The picture shows through the colours of its segments (-1 where there is none), and a legend names them."""
+    original = np.asarray(Image.open(result["file"]).convert("RGB")).astype(float)
+    drawn = np.asarray(Image.open(output_dir / result["picture"]).convert("RGB")).astype(float)
+    height, width = on_top.shape
+    assert drawn.shape[0] > height + 10 and drawn.shape[1] == max(width, 240)
+    expected = np.where(on_top[..., None] < 0, original, 0.4 * original + 0.6 * colors[on_top])
+    line = (drawn[:height, :width] == 255).all(axis=-1)
+    assert line.mean() < 0.3 and np.abs(drawn[:height, :width] - expected)[~line].max() < 2.5
+    legend = drawn[height:].reshape(-1, 3)
+    shown = colors[np.unique(on_top[on_top >= 0])].round()
+    assert all((np.abs(legend - color).max(axis=1) < 1.5).sum() > 30 for color in shown)
+
+
+def test_panoptic_segments(universal, pictures, tmp_path, capsys):
+    """They are those of the image processor, with those of stuff joined, and COCO's tools read the files."""
+    results = segment(universal, pictures, tmp_path / "out", "--threshold=0.3", "--batch_size=2")
+    printed = capsys.readouterr().out
+    truth = read_panoptic("/", tmp_path / "out" / "panoptic", tmp_path / "out" / "panoptic.json")
+    assert truth.categories == {3: "cat", 7: "coffee", 90: "person"} and truth.is_thing.tolist() == [True, True, False]
+    labels = [[row["label"] for row in result["predictions"]] for result in results]
+    assert all(labels) and max(map(len, labels)) > 1 and "person" in labels[0]
+    joined = 0
+    for row, result in enumerate(results):
+        outputs, size = outputs_of(
+            ClusterFormerForUniversalSegmentation, UNIVERSAL_PROCESSOR, universal, result["file"]
+        )
+        (found,) = UNIVERSAL_PROCESSOR.post_process_panoptic_segmentation(
+            outputs, threshold=0.3, label_ids_to_fuse=set(), target_sizes=[size]
+        )
+        expected = {}
+        for info in found["segments_info"]:
+            # All stuff under one key, each instance under its own.
+            key = "person" if info["label_id"] == 2 else info["id"]
+            mask, score, _ = expected.get(key, (np.zeros(size, bool), 0, 0))
+            mask = mask | (found["segmentation"] == info["id"]).numpy()
+            expected[key] = mask, max(score, info["score"]), NAMES[info["label_id"]]
+        joined += len(found["segments_info"]) - len(expected)
+        expected = sorted(expected.values(), key=lambda value: -value[1])
+        picture, segments, classes, _ = truth.open(row)
+        assert picture.size == size[::-1] and segments.shape == size
+        assert [NAMES[label] for label in classes.tolist()] == [name for _, _, name in expected]
+        for number, (prediction, (mask, score, name)) in enumerate(
+            zip(result["predictions"], expected, strict=True), 1
+        ):
+            np.testing.assert_array_equal(segments == number, mask)
+            assert prediction["id"] == number and prediction["label"] == name and prediction["area"] == mask.sum()
+            assert prediction["score"] == pytest.approx(score, abs=1e-5)
+        assert_overlay(tmp_path / "out", result, segments - 1, segment_colors(classes))
+        assert f"{result['file']}: " in printed
+    assert joined > 0
+    evaluation = PanopticEval(*[str(tmp_path / "out" / "panoptic.json")] * 2)
+    evaluation.evaluate()
+    assert evaluation.results()["All"]["pq"] == 1
+
+
+def test_instances(universal, pictures, tmp_path):
+    """Their masks are cut out at the picture's own size; none is of a class without; COCO's tools read the file."""
+    results = segment(universal, pictures, tmp_path / "out", "--subtask=instance", "--threshold=0.2")
+    file = tmp_path / "out" / "instances.json"
+    instances, problems = read_coco_masks("/", file)
+    assert problems == [] and instances.class_names == ["cat", "coffee"] and instances.category_ids == [3, 7]
+    coco = COCO(str(file))
+    scores = [annotation["score"] for annotation in coco.dataset["annotations"]]
+    assert len(coco.loadRes(coco.dataset["annotations"]).anns) == len(scores) > 4 and min(scores) >= 0.2
+    for row, result in enumerate(results):
+        outputs, size = outputs_of(
+            ClusterFormerForUniversalSegmentation, UNIVERSAL_PROCESSOR, universal, result["file"]
+        )
+        masks = F.interpolate(outputs.masks_queries_logits, size=size, mode="bilinear", align_corners=False)[0]
+        expected = []
+        for logits, classes in zip(masks, outputs.class_queries_logits[0].softmax(dim=-1)):
+            inside = logits > 0
+            sure = logits.sigmoid()[inside].mean().item() if inside.any() else 0
+            expected += [(classes[label].item() * sure, NAMES[label], inside.numpy()) for label in (0, 1)]
+        expected = sorted((value for value in expected if value[0] >= 0.2), key=lambda value: -value[0])
+        picture, found, classes, _ = instances.open(row)
+        assert len(found) == len(expected) == len(result["predictions"])
+        for mask, label, prediction, (score, name, inside) in zip(found, classes, result["predictions"], expected):
+            np.testing.assert_array_equal(mask, inside)
+            assert NAMES[label] == name == prediction["label"] and prediction["score"] == pytest.approx(score, abs=1e-5)
+            assert coco.anns[prediction["id"]]["bbox"] == prediction["bbox"]
+        on_top = np.full(size, -1)
+        for number in reversed(range(len(found))):
+            on_top[found[number]] = number
+        assert_overlay(tmp_path / "out", result, on_top, segment_colors(classes))
+
+
+@pytest.mark.parametrize("kind", ["universal", "semantic"])
+def test_label_maps(kind, universal, semantic, pictures, tmp_path, capsys):
+    """As the image processor finds them, of both kinds of models."""
+    model, processor, model_class, flags = {
+        "universal": (
+            universal,
+            UNIVERSAL_PROCESSOR,
+            ClusterFormerForUniversalSegmentation,
+            ["--subtask=semantic"],
+        ),
+        "semantic": (semantic, SEMANTIC_PROCESSOR, ClusterFormerForSemanticSegmentation, []),
+    }[kind]
+    results = segment(model, pictures, tmp_path / "out", *flags)
+    printed = capsys.readouterr().out
+    assert read_class_names(tmp_path / "out" / "semantic_labels.json") == list(NAMES.values())
+    for result in results:
+        outputs, size = outputs_of(model_class, processor, model, result["file"])
+        (expected,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[size])
+        found = open_label_map(tmp_path / "out" / "semantic" / result["picture"])
+        np.testing.assert_array_equal(found, expected.numpy())
+        areas = {NAMES[label]: int((found == label).sum()) for label in np.unique(found)}
+        assert {row["label"]: row["area"] for row in result["predictions"]} == areas
+        largest = max(areas, key=areas.get)
+        assert f"{result['file']}: {largest} {areas[largest] / found.size:.1%}" in printed
+        assert_overlay(tmp_path / "out", result, found, segment_colors([0, 1, 2], 3))
+
+
+@pytest.mark.parametrize("subtask, file", [("panoptic", "panoptic.json"), ("instance", "instances.json")])
+def test_no_segments(subtask, file, universal, pictures, tmp_path, capsys):
+    results = segment(universal, pictures, tmp_path / "out", f"--subtask={subtask}", "--threshold=1")
+    assert all(result["predictions"] == [] for result in results) and "nothing found" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / file).read_text())
+    assert len(content["images"]) == 3
+    assert all(annotation["segments_info"] == [] for annotation in content["annotations"])
+    if subtask == "panoptic":
+        assert not open_segments(tmp_path / "out" / "panoptic" / "cat.png").any()
+    drawn, picture = (np.asarray(Image.open(path)) for path in (tmp_path / "out" / "cat.png", results[0]["file"]))
+    np.testing.assert_array_equal(drawn[: picture.shape[0], : picture.shape[1]], picture)
+
+
+def test_wrong_subtasks_are_refused(universal, semantic, classifier, pictures):
+    with pytest.raises(ValueError, match="holds ClusterFormerForSemanticSegmentation, which has no --subtask panoptic"):
+        run_model(semantic, pictures, "--subtask=panoptic")
+    with pytest.raises(ValueError, match="ClusterFormerForImageClassification, which has no --subtask semantic"):
+        run_model(classifier, pictures, "--subtask=semantic")
+    with pytest.raises(ValueError, match="--clusters needs a detector of ClusterFormer"):
+        run_model(universal, pictures, "--clusters")
+
+
+def test_segments_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"Masks of \(4, 5\) do not fit a picture of \(5, 4\)"):
+        draw_segments(Image.new("RGB", (4, 5)), np.zeros((1, 4, 5)), segment_colors([0]))
+
+
+def test_long_legends_end_with_a_number():
+    picture = Image.new("RGB", (300, 20), "navy")
+    long, longer = (add_legend(picture, ["cat"] * number, segment_colors(range(number))) for number in (40, 400))
+    assert MAX_ENTRIES == 40 and long.width == longer.width == 300
+    assert 0 <= longer.height - long.height < 30  # one entry more
+    assert not np.array_equal(np.asarray(longer)[-15:], np.asarray(long)[-15:])
+    panel = side_by_side([picture, long], ["one", "two"])
+    assert panel.width == 2 * 300 + 3 * 8 and panel.height > long.height + 10
 
 
 # ---- models that it does not run -------------------------------------------------------------------------------------
