@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from .configuration_clusterformer import ClusterFormerConfig
+from .modeling_clusterformer import ClusterFormerPreTrainedModel
 
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,16 @@ def load_model(auto_model: type, args: ModelArguments, config: PreTrainedConfig,
     if report["unexpected_keys"]:
         logger.warning(f"Not used of {args.model_name_or_path}: {summarise(report['unexpected_keys'])}.")
     return model
+
+
+def name_auto_classes(model: PreTrainedModel, *auto_classes: type):
+    """
+    Lets these Auto classes load a ClusterFormer from its folder where this package is not installed, and no others.
+    `save_pretrained` alone would name the model's own one, and keep those of the checkpoint that it came from.
+    """
+    if isinstance(model, ClusterFormerPreTrainedModel):
+        name = f"{type(model).__module__.split('.')[-1]}.{type(model).__name__}"
+        model.config.auto_map = {auto_class.__name__: name for auto_class in auto_classes}
 
 
 def summarise(names: Iterable[str]) -> str:

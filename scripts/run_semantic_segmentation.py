@@ -33,7 +33,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedConfig, SegformerImageProcessor
+from transformers import (
+    AutoModelForImageSegmentation,
+    AutoModelForSemanticSegmentation,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    SegformerImageProcessor,
+)
 
 from clusterformer_hf.data.classification import load_pictures
 from clusterformer_hf.data.detection import match_categories
@@ -58,6 +64,7 @@ from clusterformer_hf.loading import (
     load_config,
     load_fitting_image_processor,
     load_model,
+    name_auto_classes,
     proportional_size,
 )
 from clusterformer_hf.metrics.detection import set_up_evaluation
@@ -123,6 +130,7 @@ def main(args: list[str] | None = None):
     if training_args.do_train:
         name_classes(config, splits["train"])
     model = load_model(AutoModelForSemanticSegmentation, model_args, config, training_args.do_train)
+    name_auto_classes(model, AutoModelForSemanticSegmentation, AutoModelForImageSegmentation)
     image_processor = load_fitting_image_processor(model_args, config, is_semantic, new_image_processor)
 
     train_dataset = eval_dataset = metric = None

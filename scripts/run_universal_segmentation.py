@@ -35,6 +35,8 @@ from functools import partial
 from pathlib import Path
 
 from transformers import (
+    AutoModelForImageSegmentation,
+    AutoModelForInstanceSegmentation,
     AutoModelForUniversalSegmentation,
     BaseImageProcessor,
     Mask2FormerImageProcessor,
@@ -60,6 +62,7 @@ from clusterformer_hf.loading import (
     load_config,
     load_fitting_image_processor,
     load_model,
+    name_auto_classes,
     proportional_size,
 )
 from clusterformer_hf.metrics.detection import set_up_evaluation
@@ -72,6 +75,7 @@ from clusterformer_hf.training import ClusterFormerTrainingArguments, start_run,
 
 
 TASKS = ("panoptic", "instance")
+AUTO_CLASSES = (AutoModelForUniversalSegmentation, AutoModelForInstanceSegmentation, AutoModelForImageSegmentation)
 
 
 @dataclass
@@ -191,6 +195,7 @@ def main(args: list[str] | None = None):
         name_classes(config, splits["train"])
         note_stuff(config, splits["train"])
     model = load_model(AutoModelForUniversalSegmentation, model_args, config, training_args.do_train)
+    name_auto_classes(model, *AUTO_CLASSES)
     image_processor = load_fitting_image_processor(model_args, config, is_universal, new_image_processor)
 
     train_dataset = eval_dataset = evaluation = None

@@ -203,6 +203,9 @@ def test_saved_model(task, trained):
         assert config.original_category_ids == [7, 90] and config.label_ids_to_fuse == (
             [0] if task == "panoptic" else []
         )
+    auto_classes = {"semantic": {"AutoModelForSemanticSegmentation"}}
+    auto_classes = auto_classes.get(task, {"AutoModelForUniversalSegmentation", "AutoModelForInstanceSegmentation"})
+    assert config.auto_map.keys() == auto_classes | {"AutoConfig", "AutoModelForImageSegmentation"}
     counts = results(trained[task], "train")
     assert counts["train_samples"] == NUM_SCENES["train"] and counts["skipped_files"] == 0
 
@@ -264,6 +267,25 @@ def test_panoptic_results_files(trained, scenes):
     for suffix, group in (("", "All"), ("_things", "Things"), ("_stuff", "Stuff")):
         for name in ("PQ", "SQ", "RQ"):
             assert reported[f"eval_{name}{suffix}"] == pytest.approx(expected[group][name.lower()], abs=1e-9)
+
+
+@pytest.mark.parametrize("task", ["semantic", "panoptic"])
+def test_saved_folder_works_without_the_package(task, trained, scenes, tmp_path):
+    """In a new process with an empty cache of modules, as the model card says."""
+    picture = str(scenes / "test" / "000001.png")
+    code = f"""
+import sys
+sys.modules["clusterformer_hf"] = None  # cannot be imported
+from transformers import pipeline
+predictor = pipeline("image-segmentation", model={str(trained[task])!r}, trust_remote_code=True, device="cpu")
+print("found", [(row["label"], sum(row["mask"].tobytes()) // 255) for row in predictor({picture!r}, threshold=0.5)])
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    predictor = pipeline("image-segmentation", model=str(trained[task]), device="cpu")
+    expected = [(row["label"], (np.asarray(row["mask"]) > 0).sum()) for row in predictor(picture, threshold=0.5)]
+    assert f"found {[(label, int(area)) for label, area in expected]}" in ended.stdout and len(expected) > 0
 
 
 def test_one_model_has_the_scores_of_three_readings(trained):
@@ -347,6 +369,8 @@ def test_segmentation_checkpoints_are_taken_whole(trained, scenes, tmp_path, cap
     run("panoptic", scenes, tmp_path, *flags)
     assert_equal_weights(weights(tmp_path), weights(trained["semantic"]))
     assert "Newly initialised" not in caplog.text
+    # Nothing of the checkpoint's kind is left for pipelines to take it for.
+    assert "AutoModelForSemanticSegmentation" not in ClusterFormerConfig.from_pretrained(tmp_path).auto_map
     assert type(AutoModelForImageSegmentation.from_pretrained(tmp_path)) is ClusterFormerForUniversalSegmentation
 
 
