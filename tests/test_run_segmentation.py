@@ -53,7 +53,10 @@ from clusterformer_hf import (
 from clusterformer_hf.data.coco_panoptic import open_segments, segment_colours
 from clusterformer_hf.data.digit_scenes import write_digit_scenes
 from clusterformer_hf.data.rle import encode_masks
+from clusterformer_hf.data.segmentation_augmentation import SegmentationAugmentationArguments
 from clusterformer_hf.data.splits import SplitArguments, load_splits
+from clusterformer_hf.loading import ModelArguments
+from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import ClusterFormerTrainingArguments
 from scripts import run_semantic_segmentation, run_universal_segmentation
 
@@ -561,6 +564,23 @@ def test_new_image_processors_fit_the_masks(size):
     fixed = ClusterFormerConfig(**NANO | {"image_size": [48, 32]})
     pixels = run_semantic_segmentation.new_image_processor(fixed)(picture, return_tensors="pt")
     assert pixels.pixel_values.shape[-2:] == (48, 32)
+
+
+RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*_segmentation_*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[recipe.stem for recipe in RECIPES])
+def test_recipes(recipe):
+    is_semantic = recipe.stem.startswith("semantic")
+    script = run_semantic_segmentation if is_semantic else run_universal_segmentation
+    types = (ModelArguments, script.DataArguments, SegmentationAugmentationArguments, ClusterFormerTrainingArguments)
+    model, data, augmentation, training = parse_arguments(types, [str(recipe), "--use_cpu", "--dataset_name=here"])
+    assert training.do_train and training.do_eval and training.ema_decay > 0.9 and training.learning_rate <= 1e-3
+    assert training.metric_for_best_model == ("mIoU" if is_semantic else "PQ") and training.greater_is_better
+    config = ClusterFormerConfig(**model.config_overrides)
+    processor = script.new_image_processor(config)
+    assert processor.size["shortest_edge"] == config.image_size
+    assert augmentation.crop(processor)[0] >= config.image_size and np.prod(config.center_grid[-1]) >= 6
 
 
 def test_demo(tmp_path):
