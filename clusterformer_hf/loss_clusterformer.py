@@ -14,6 +14,7 @@
 """Set losses of the detection and segmentation models, on top of transformers'."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
@@ -25,6 +26,29 @@ from .configuration_clusterformer import ClusterFormerConfig
 
 # How far a box may reach beyond the image, as a share of its side: the rounding of normalised numbers.
 BOX_TOLERANCE = 1e-3
+
+
+def mean_count(labels: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """
+    Number of objects that a process has on average, at least 1: what sums of losses are divided by. (transformers'
+    losses divide by the number of processes twice, and so grow with it.)
+    """
+    count = torch.tensor(float(sum(len(label) for label in labels)), device=device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp_min(1)
+
+
+class ClusterFormerBoxLoss(DeformableDetrImageLoss):
+    """Deformable DETR's losses, divided by the mean number of boxes of all processes."""
+
+    def forward(self, outputs, targets) -> dict[str, torch.Tensor]:
+        self.num_boxes = mean_count([target["class_labels"] for target in targets], outputs["logits"].device)
+        return super().forward(outputs, targets)
+
+    def get_loss(self, loss, outputs, targets, indices, num_boxes) -> dict[str, torch.Tensor]:
+        return super().get_loss(loss, outputs, targets, indices, self.num_boxes)
 
 
 def detection_loss(
@@ -45,7 +69,7 @@ def detection_loss(
         the auxiliary predictions.
     """
     matcher = DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
-    criterion = DeformableDetrImageLoss(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes"])
+    criterion = ClusterFormerBoxLoss(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes"])
     weights = {
         "loss_ce": config.class_loss_coefficient,
         "loss_bbox": config.bbox_loss_coefficient,
@@ -132,6 +156,9 @@ class ClusterFormerMaskLoss(Mask2FormerLoss):
         }
         super().__init__(config, weights)
         self.matcher = SkipEmptyImages(self.matcher)
+
+    def get_num_masks(self, class_labels, device) -> torch.Tensor:
+        return mean_count(class_labels, device)
 
     def loss_masks(self, masks_queries_logits, mask_labels, indices, num_masks) -> dict[str, torch.Tensor]:
         if sum(len(masks) for masks in mask_labels) > 0:
