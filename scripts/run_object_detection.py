@@ -53,6 +53,7 @@ from clusterformer_hf.loading import (
     load_config,
     load_fitting_image_processor,
     load_model,
+    name_auto_classes,
     proportional_size,
 )
 from clusterformer_hf.metrics.detection import (
@@ -117,6 +118,7 @@ def main(args: list[str] | None = None):
     if training_args.do_train:
         name_classes(config, splits["train"])
     model = load_model(AutoModelForObjectDetection, model_args, config, training_args.do_train)
+    name_auto_classes(model, AutoModelForObjectDetection)
     image_processor = load_fitting_image_processor(model_args, config, finds_boxes, new_image_processor)
 
     train_dataset = eval_dataset = metric = None

@@ -352,6 +352,8 @@ def test_classification_checkpoint(scenes, tmp_path, caplog):
     assert "Newly initialised, not from" in caplog.text and "decoder.* (" in caplog.text
     assert "Not used of" in caplog.text and "classifier.bias, classifier.weight" in caplog.text
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path / "out"), DeformableDetrImageProcessor)
+    auto_map = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModelForObjectDetection"}  # without this package, pipelines read it
     with pytest.raises(
         ValueError, match="cannot be evaluated as ClusterFormerForObjectDetection: it has no class_heads"
     ):
