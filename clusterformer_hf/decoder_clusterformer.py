@@ -372,7 +372,22 @@ class ClusterFormerDecoder(nn.Module):
 
     def __init__(self, config: ClusterFormerConfig, predict_boxes: bool = False, predict_masks: bool = False):
         super().__init__()
-        dim = config.decoder_hidden_size
+        dim, heads = config.decoder_hidden_size, config.decoder_attention_heads
+        if dim % heads != 0 or dim % 4 != 0:
+            raise ValueError(
+                f"`decoder_hidden_size={dim}` must be a multiple of `decoder_attention_heads={heads}`, and of 4 for "
+                "the sines and cosines of rows and columns."
+            )
+        if config.clustering != "recurrent":
+            raise ValueError(
+                f"Detection and segmentation need clustering='recurrent', got {config.clustering!r}: the centres of "
+                "the released forms have no place in the image to start from."
+            )
+        if config.num_stages < self.num_levels + predict_masks:
+            raise ValueError(
+                f"The decoder needs {self.num_levels + predict_masks} stages, and `depths={config.depths}` has "
+                f"{config.num_stages}."
+            )
         self.config = config
         self.predict_masks = predict_masks
         self.pyramid = ClusterFormerFeaturePyramid(config, config.stage_names[1:][-self.num_levels - predict_masks :])

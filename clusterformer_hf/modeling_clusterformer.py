@@ -983,7 +983,7 @@ def decode(model, pixel_values, pixel_mask, output_cluster_assignments, kwargs) 
     if output_cluster_assignments is None:
         output_cluster_assignments = getattr(model.config, "output_cluster_assignments", False)
     outputs = model.clusterformer(pixel_values, pixel_mask, output_cluster_assignments, **kwargs)
-    sizes = real_sizes(pixel_mask, pixel_values) if model.config.clustering == "recurrent" else None
+    sizes = real_sizes(pixel_mask, pixel_values)
     decoded = model.decoder(outputs.hidden_states[1:], outputs.cluster_centers[-1], sizes)
     return decoded, {
         "hidden_states": outputs.hidden_states,

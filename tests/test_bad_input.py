@@ -16,7 +16,13 @@
 import pytest
 import torch
 
-from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification, ClusterFormerModel
+from clusterformer_hf import (
+    ClusterFormerConfig,
+    ClusterFormerForImageClassification,
+    ClusterFormerForObjectDetection,
+    ClusterFormerForSemanticSegmentation,
+    ClusterFormerModel,
+)
 
 
 NANO = {
@@ -46,6 +52,24 @@ def test_heads_that_do_not_divide_the_channels(clustering):
     config = ClusterFormerConfig(**{**NANO, "hidden_sizes": [8, 16, 24, 33]}, clustering=clustering)
     with pytest.raises(ValueError, match="33 is no multiple of 2"):
         ClusterFormerModel(config)
+
+
+@pytest.mark.parametrize(
+    "model_class, kwargs, message",
+    [
+        (ClusterFormerForObjectDetection, {"decoder_hidden_size": 36, "decoder_attention_heads": 8}, "=36.*heads=8"),
+        (ClusterFormerForObjectDetection, {"decoder_hidden_size": 30, "decoder_attention_heads": 2}, "=30.*and of 4"),
+        (ClusterFormerForObjectDetection, {"clustering": "release_flash"}, "got 'release_flash'"),
+        (
+            ClusterFormerForSemanticSegmentation,
+            {name: NANO[name][:3] for name in NANO if name != "num_labels"},
+            r"needs 4 stages, and `depths=\[1, 1, 1\]` has 3",
+        ),
+    ],
+)
+def test_configs_that_the_decoder_does_not_take(model_class, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        model_class(ClusterFormerConfig(**{**NANO, **kwargs}))
 
 
 def test_no_pixels(model):
