@@ -52,19 +52,21 @@ from clusterformer_hf.visualization import draw_stages
 class Arguments:
     output_dir: Path = field(default=Path("outputs/quickstart"), metadata={"help": "Where the results go."})
     compare: bool = field(default=False, metadata={"help": "Also train a Swin of the same size and budget."})
-    num_train_epochs: int = field(default=6, metadata={"help": "Passes over the 4,000 training digits."})
+    num_train_epochs: int = field(default=12, metadata={"help": "Passes over the 4,000 training digits."})
     seed: int = field(default=0, metadata={"help": "Of the split, the weights and the order."})
 
 
+IMAGE_SIZE = 48  # pixels a side
+
+
 class Digits(torch.utils.data.Dataset):
-    """Preprocessed digits; in training each is moved, turned and scaled a little."""
+    """Preprocessed digits; in training each is moved, turned, scaled and sheared a little."""
 
     def __init__(self, pixel_values: torch.Tensor, labels: torch.Tensor, train: bool):
         self.pixel_values, self.labels = pixel_values, labels
         # Black, the background, is -1 after normalisation.
-        self.augment = (
-            v2.RandomAffine(10, translate=(0.06, 0.06), scale=(0.9, 1.1), fill=-1.0) if train else v2.Identity()
-        )
+        moved = v2.RandomAffine(12, translate=(0.1, 0.1), scale=(0.85, 1.15), shear=8, fill=-1.0)
+        self.augment = moved if train else v2.Identity()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,7 +86,7 @@ def load_digits(seed: int) -> tuple[list[Image.Image], torch.Tensor]:
 def nano_clusterformer() -> ClusterFormerForImageClassification:
     names = {index: str(index) for index in range(10)}
     config = ClusterFormerConfig(
-        image_size=64,
+        image_size=IMAGE_SIZE,
         hidden_sizes=[32, 64, 128, 160],
         depths=[1, 1, 2, 1],
         num_attention_heads=[1, 2, 4, 5],
@@ -98,23 +100,25 @@ def nano_clusterformer() -> ClusterFormerForImageClassification:
 
 
 def nano_swin() -> SwinForImageClassification:
-    """A Swin with as many blocks and parameters."""
-    sizes = {"embed_dim": 27, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 4}
-    return SwinForImageClassification(SwinConfig(image_size=64, num_labels=10, **sizes))
+    """A Swin with as many blocks and parameters; its windows fit the smallest map."""
+    sizes = {"embed_dim": 27, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8], "window_size": 2}
+    return SwinForImageClassification(SwinConfig(image_size=IMAGE_SIZE, num_labels=10, **sizes))
 
 
 def accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def train_and_test(model: PreTrainedModel, train: Digits, test: Digits, args: Arguments) -> dict[str, float]:
+def train_and_test(
+    model: PreTrainedModel, train: Digits, test: Digits, args: Arguments, learning_rate: float = 2e-3
+) -> dict[str, float]:
     """Trains the model; returns its `test_accuracy`, training `seconds` and `parameters`."""
     training_args = TrainingArguments(
         output_dir=str(args.output_dir / "trainer"),
         num_train_epochs=args.num_train_epochs,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=100,
-        learning_rate=2e-3,
+        learning_rate=learning_rate,
         weight_decay=0.05,
         lr_scheduler_type="cosine",
         warmup_steps=150,
@@ -168,7 +172,7 @@ def main():
     args.output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
     pictures, labels = load_digits(args.seed)
-    processor = ViTImageProcessor(size={"height": 64, "width": 64})
+    processor = ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     pixel_values = processor(pictures, return_tensors="pt").pixel_values
     train = Digits(pixel_values[:4000], labels[:4000], train=True)
     test = Digits(pixel_values[4000:], labels[4000:], train=False)
@@ -181,7 +185,8 @@ def main():
     results["stages"] = [{"stage": i, **row} for i, row in enumerate(cluster_statistics(outputs), start=1)]
     if args.compare:
         set_seed(args.seed)
-        results["swin"] = train_and_test(nano_swin(), train, test, args)
+        # Its best learning rate of 5e-4, 1e-3 and 2e-3.
+        results["swin"] = train_and_test(nano_swin(), train, test, args, learning_rate=1e-3)
 
     model.save_pretrained(args.output_dir / "model")
     processor.save_pretrained(args.output_dir / "model")
