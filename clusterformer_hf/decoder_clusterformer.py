@@ -290,7 +290,7 @@ class ClusterFormerBoxHead(nn.Module):
     The box of a centre: read from the moments of its pixels and refined by an MLP.
 
     The refinement is added in logit space, which keeps boxes in [0, 1], in steps of the box's own size: small and large
-    boxes are refined alike (class-free AP50 .455 against .366 after 250 steps on digit scenes).
+    boxes are refined alike (class-free AP50 .455 against .366 after 250 steps on digit scenes, without the sigmoid).
     """
 
     def __init__(self, config: ClusterFormerConfig):
