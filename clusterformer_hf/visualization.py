@@ -67,16 +67,18 @@ def draw_clusters(
     Returns:
         `PIL.Image.Image` in RGB of the image's size.
     """
-    labels = cluster_map(outputs, stage, head, index)
-    rows = np.arange(image.height) * labels.shape[0] // image.height
-    columns = np.arange(image.width) * labels.shape[1] // image.width
-    labels = labels[rows[:, None], columns[None]]
-
+    labels = stretch(cluster_map(outputs, stage, head, index), (image.height, image.width))
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     drawn = (1 - opacity) * pixels + opacity * palette(labels.max() + 1)[labels]
     drawn[labels < 0] = pixels[labels < 0]
     drawn[borders(labels)] = 255
     return Image.fromarray(drawn.round().astype(np.uint8))
+
+
+def stretch(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (height, width) over the same area in another size, every value that of the pixel it lies in."""
+    rows, columns = (np.arange(to) * side // to for to, side in zip(size, labels.shape))
+    return labels[rows[:, None], columns[None]]
 
 
 def palette(num_colors: int) -> np.ndarray:

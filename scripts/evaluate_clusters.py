@@ -1,0 +1,244 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Are the clusters meaningful? Compares a model's clusters with the true segments of pictures, beside baselines.
+
+    python scripts/evaluate_clusters.py --model outputs/demo_detection/model \
+        --dataset_name outputs/demo_detection/scenes_3000_300 [--released_model DIR] [--output_file clusters.json]
+
+The folder is in COCO's format with masks, such as digit scenes; its validation or test split is used. Each pixel of a
+picture takes its strongest cluster, and the partition is compared with the true segments (see `cluster_quality`) for
+each stage of
+
+- `ours`: the model's clusters, mean of the heads' scores; every head clusters for itself.
+- `ours, best head`: for each measure the head that is best on one half of the pictures, scored on the other half.
+- `k-means`: of the features that the stage's last block clusters, all heads' channels, into as many clusters.
+- `SLIC`: superpixels of the picture (scikit-image), as many as the stage has clusters.
+- `released`, and its best head: the authors' released algorithm, from --released_model, which holds any model with a
+  released ClusterFormer in it, or else with random weights in the sizes of --model.
+
+`used` is the mean number of clusters that have pixels.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from skimage.segmentation import slic
+from sklearn.cluster import KMeans
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, HfArgumentParser
+
+import clusterformer_hf
+from clusterformer_hf import ClusterFormerBackbone, ClusterFormerConfig, ClusterFormerModel
+from clusterformer_hf.data.coco import find_coco_splits
+from clusterformer_hf.data.coco_masks import InstanceData, read_coco_masks
+from clusterformer_hf.metrics.cluster_quality import MEASURES, cluster_quality
+from clusterformer_hf.visualization import cluster_map, stretch
+
+
+@dataclass
+class Arguments:
+    model: str = field(metadata={"help": "Folder of a ClusterFormer of any task, saved with its image processor."})
+    dataset_name: Path = field(metadata={"help": "Folder in COCO's format, with masks."})
+    released_model: str | None = field(
+        default=None, metadata={"help": "Folder of a model with a released ClusterFormer; random weights without it."}
+    )
+    max_samples: int = field(default=100, metadata={"help": "So many pictures, from the first on, at least two."})
+    seed: int = field(default=0, metadata={"help": "Of k-means and of random weights."})
+    output_file: Path | None = field(default=None, metadata={"help": "JSON file to write the numbers to."})
+
+    def __post_init__(self):
+        if self.max_samples < 2:
+            raise ValueError(f"--max_samples must be at least 2, to choose heads and to score, got {self.max_samples}.")
+
+
+class StageReader:
+    """
+    Runs an encoder and returns for each stage its clusters and the features that they were made of.
+
+    Args:
+        encoder: Of any form, for pictures of any size that it takes.
+        image_processor: The one it was trained with.
+    """
+
+    def __init__(self, encoder: ClusterFormerModel, image_processor: BaseImageProcessor):
+        self.encoder, self.image_processor, self.features = encoder.eval(), image_processor, {}
+        is_channels_last = encoder.config.clustering == "recurrent"
+        for number, stage in enumerate(encoder.encoder.stages, start=1):
+            stage.layers[-1].norm1.register_forward_hook(
+                lambda _, inputs, output, number=number: self.features.update(
+                    {number: output[0] if is_channels_last else output[0].permute(1, 2, 0)}
+                )
+            )
+
+    @torch.no_grad()
+    def __call__(self, picture) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """
+        Returns for each stage the labels of its map (heads, height, width), int64; the normed input of its last block
+        (height, width, channels); and its number of clusters, K.
+        """
+        inputs = self.image_processor(images=picture, return_tensors="pt")
+        inputs = {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}
+        outputs = self.encoder(**inputs, output_cluster_assignments=True)
+        for number, assignments in enumerate(outputs.cluster_assignments, start=1):
+            labels = np.stack([cluster_map(outputs, number, head) for head in range(assignments.shape[1])])
+            real = labels[0] >= 0
+            height, width = int(real.any(axis=1).sum()), int(real.any(axis=0).sum())
+            yield labels[:, :height, :width], self.features[number][:height, :width].numpy(), assignments.shape[2]
+
+
+def load_encoder(model: str) -> ClusterFormerModel:
+    """
+    The encoder of a saved model: a ClusterFormer of any task, or a model of transformers with one as its backbone.
+
+    Raises:
+        `ValueError`: if there is no ClusterFormer in it.
+    """
+    config = AutoConfig.from_pretrained(model)
+    names = config.architectures or ["no model"]
+    model_class = getattr(clusterformer_hf, names[0], None) or getattr(transformers, names[0], None)
+    loaded = model_class.from_pretrained(model).modules() if model_class is not None else ()
+    found = next((part for part in loaded if isinstance(part, (ClusterFormerModel, ClusterFormerBackbone))), None)
+    if found is None:
+        raise ValueError(f"{model} holds {', '.join(names)}, and no ClusterFormer is in it.")
+    encoder = ClusterFormerModel(found.config, add_pooling_layer=False)
+    encoder.embeddings, encoder.encoder = found.embeddings, found.encoder
+    return encoder
+
+
+def random_released(config: ClusterFormerConfig, seed: int) -> ClusterFormerModel:
+    """A released ClusterFormer of these sizes with random weights."""
+    names = ("num_channels", "patch_size", "depths", "hidden_sizes", "num_attention_heads", "center_grid")
+    torch.manual_seed(seed)
+    sizes = {name: getattr(config, name) for name in names}
+    return ClusterFormerModel(ClusterFormerConfig(**sizes, clustering="release"), add_pooling_layer=False)
+
+
+def true_segments(data: InstanceData, row: int) -> tuple:
+    """A picture and its segments (height, width): 0 for background, 1 and up for objects, -1 for crowds."""
+    picture, masks, _, crowds = data.open(row)
+    segments = np.zeros((picture.height, picture.width), np.int64)
+    # The smaller lies on top where masks overlap, or it might vanish.
+    for number in np.argsort(-masks.sum(axis=(1, 2)), kind="stable").tolist():
+        segments[masks[number]] = -1 if crowds[number] else number + 1
+    return picture, segments
+
+
+def kmeans_labels(features: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
+    pixels = features.reshape(-1, features.shape[-1])
+    kmeans = KMeans(min(num_clusters, len(pixels)), n_init=1, random_state=seed).fit(pixels)
+    return kmeans.labels_.reshape(features.shape[:2])
+
+
+def score(labels: np.ndarray, segments: np.ndarray) -> list[float]:
+    """The measures of a map of any size, stretched over the picture, and the number of clusters in it."""
+    quality = cluster_quality(stretch(labels, segments.shape), segments)
+    return [*(quality[measure] for measure in MEASURES), len(np.unique(labels))]
+
+
+def score_pictures(data: InstanceData, ours: StageReader, released: StageReader, seed: int) -> list[dict]:
+    """For each stage the scores of each kind of partition, (pictures, heads, measures and clusters in use)."""
+    scores = [{"ours": [], "k-means": [], "SLIC": [], "released": []} for _ in ours.encoder.encoder.stages]
+    for row in range(len(data)):
+        picture, segments = true_segments(data, row)
+        for stage, (labels, features, num_clusters) in zip(scores, ours(picture)):
+            superpixels = slic(np.asarray(picture), n_segments=num_clusters, start_label=0)
+            stage["ours"].append([score(head, segments) for head in labels])
+            stage["k-means"].append([score(kmeans_labels(features, num_clusters, seed), segments)])
+            stage["SLIC"].append([score(superpixels, segments)])
+        for stage, (labels, *_) in zip(scores, released(picture)):
+            stage["released"].append([score(head, segments) for head in labels])
+    return [{kind: np.array(values) for kind, values in stage.items()} for stage in scores]
+
+
+def summarise(scores: np.ndarray) -> tuple[dict, dict]:
+    """
+    Means over pictures of (pictures, heads, measures and clusters in use): the mean of the heads, and of each measure
+    the best head, chosen on every other picture and scored on the rest, and the other way round.
+    """
+    mean = np.nanmean(scores, axis=(0, 1))
+    best = []
+    for measure in range(scores.shape[2]):
+        halves = np.stack([np.nanmean(scores[start::2, :, measure], axis=0) for start in (0, 1)])
+        best.append(np.mean([halves[1, halves[0].argmax()], halves[0, halves[1].argmax()]]))
+    names = [*MEASURES, "used"]
+    return dict(zip(names, mean.tolist())), dict(zip(names, map(float, best)))
+
+
+def collect(scores: list[dict]) -> list[dict]:
+    """A row for each stage and kind of partition."""
+    rows = []
+    for number, stage in enumerate(scores, start=1):
+        for kind, values in stage.items():
+            mean, best = summarise(values)
+            rows.append({"stage": number, "clusters": kind, **mean})
+            if kind in ("ours", "released"):
+                rows.append({"stage": number, "clusters": f"{kind}, best head", **best, "used": mean["used"]})
+    return rows
+
+
+def print_table(rows: list[dict]):
+    titles = ["ARI", "purity", "overlap", "used"]
+    print(f"\n{'stage':5}  {'clusters':19}" + "".join(f"{title:>9}" for title in titles))
+    for row in rows:
+        numbers = "".join(f"{row[measure]:9.3f}" for measure in MEASURES)
+        print(f"{row['stage']:5}  {row['clusters']:19}{numbers}{row['used']:9.1f}")
+
+
+def print_best(rows: list[dict]):
+    """Of each measure the best stage of each kind of partition, the best kind first."""
+    print("\nIn the best stage:")
+    for measure in MEASURES:
+        best = {}
+        for row in rows:
+            if row[measure] > best.get(row["clusters"], (-1,))[0]:
+                best[row["clusters"]] = row[measure], row["stage"]
+        ranked = sorted(best.items(), key=lambda item: -item[1][0])
+        print(f"  {measure}: " + "; ".join(f"{kind} {value:.3f} (stage {n})" for kind, (value, n) in ranked))
+
+
+def main(args: list[str] | None = None):
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args)
+    splits = find_coco_splits(args.dataset_name)
+    images_dir, annotations = splits.get("validation") or splits["train"]
+    data, _ = read_coco_masks(images_dir, annotations)
+    if len(data) < 2:
+        raise ValueError(f"{annotations} names {len(data)} pictures; at least 2 are needed.")
+    data = data.select(range(min(args.max_samples, len(data))))
+    image_processor = AutoImageProcessor.from_pretrained(args.model)
+    ours = StageReader(load_encoder(args.model), image_processor)
+    if args.released_model is None:
+        released = StageReader(random_released(ours.encoder.config, args.seed), image_processor)
+        origin = "with random weights"
+    else:
+        released_processor = AutoImageProcessor.from_pretrained(args.released_model)
+        released = StageReader(load_encoder(args.released_model), released_processor)
+        origin = f"from {args.released_model}"
+    print(f"{len(data)} pictures of {annotations}\nours: {args.model}\nreleased: {origin}")
+
+    rows = collect(score_pictures(data, ours, released, args.seed))
+    print_table(rows)
+    print_best(rows)
+    if args.output_file is not None:
+        args.output_file.parent.mkdir(parents=True, exist_ok=True)
+        setting = {"model": args.model, "released": origin, "annotations": str(annotations), "pictures": len(data)}
+        args.output_file.write_text(json.dumps({**setting, "rows": rows}, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
