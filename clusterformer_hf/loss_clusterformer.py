@@ -13,6 +13,9 @@
 # limitations under the License.
 """Set losses of the detection and segmentation models, on top of transformers'."""
 
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -28,16 +31,41 @@ from .configuration_clusterformer import ClusterFormerConfig
 BOX_TOLERANCE = 1e-3
 
 
+# The classes of all images that a training step accumulates, if it does: see [`accumulated`].
+_step_labels: ContextVar[list[torch.Tensor] | None] = ContextVar("step_labels", default=None)
+
+
+@contextmanager
+def accumulated(class_labels: list[torch.Tensor]):
+    """
+    Inside, the losses of batches are shares of one loss: added up over the batches that a step accumulates, they are
+    the loss of all their images in one batch.
+
+    Args:
+        class_labels (`list[torch.Tensor]`): The classes (n,) of every image of these batches, in this process.
+    """
+    token = _step_labels.set(class_labels)
+    try:
+        yield
+    finally:
+        _step_labels.reset(token)
+
+
+def mean_over_processes(number: float, device: torch.device) -> torch.Tensor:
+    number = torch.tensor(float(number), device=device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(number)
+        number = number / dist.get_world_size()
+    return number
+
+
 def mean_count(labels: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     """
-    Number of objects that a process has on average, at least 1: what sums of losses are divided by. (transformers'
-    losses divide by the number of processes twice, and so grow with it.)
+    Number of objects that a process has on average in a step, at least 1: what sums of losses are divided by.
+    (transformers' losses divide by the number of processes twice, and so grow with it.)
     """
-    count = torch.tensor(float(sum(len(label) for label in labels)), device=device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count.clamp_min(1)
+    labels = _step_labels.get() or labels
+    return mean_over_processes(sum(len(label) for label in labels), device).clamp_min(1)
 
 
 class ClusterFormerBoxLoss(DeformableDetrImageLoss):
@@ -159,6 +187,18 @@ class ClusterFormerMaskLoss(Mask2FormerLoss):
 
     def get_num_masks(self, class_labels, device) -> torch.Tensor:
         return mean_count(class_labels, device)
+
+    def loss_labels(self, class_queries_logits, class_labels, indices) -> dict[str, torch.Tensor]:
+        # Cross-entropy divides by the weights of its own queries: many processes and batches by those of a step.
+        losses = super().loss_labels(class_queries_logits, class_labels, indices)
+        num_queries, device = class_queries_logits.shape[1], class_queries_logits.device
+        own = self._weight_of_queries(class_labels, num_queries)
+        total = mean_over_processes(self._weight_of_queries(_step_labels.get() or class_labels, num_queries), device)
+        return {"loss_cross_entropy": losses["loss_cross_entropy"] * (own / total)}
+
+    def _weight_of_queries(self, class_labels: list[torch.Tensor], num_queries: int) -> float:
+        matched = sum(min(len(classes), num_queries) for classes in class_labels)
+        return matched + (len(class_labels) * num_queries - matched) * self.eos_coef
 
     def loss_masks(self, masks_queries_logits, mask_labels, indices, num_masks) -> dict[str, torch.Tensor]:
         if sum(len(masks) for masks in mask_labels) > 0:

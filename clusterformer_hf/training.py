@@ -16,10 +16,9 @@ Trainer for long runs on one's own pictures: averaged weights, a learning rate f
 after a killed run, model cards; and the steps that the training scripts share.
 """
 
-import json
 import logging
 import shutil
-import zipfile
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,15 +26,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.modelcard import TrainingSummary
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .checkpoints import UNFINISHED_FOLDER, check_same_model, find_checkpoint, prune, publish
+from .interruption import EXIT_CODE, InterruptionCallback, mark
+from .loss_clusterformer import accumulated
 from .model_card import render_model_card
+from .modeling_clusterformer import ClusterFormerPreTrainedModel
 
 
 logger = logging.getLogger(__name__)
@@ -58,17 +60,51 @@ class ClusterFormerTrainingArguments(TrainingArguments):
             "at each step (0.995 for some thousand steps, 0.9998 for a hundred thousand); less in the first steps."
         },
     )
+    amsgrad: bool = field(default=False, metadata={"help": "AdamW's AMSGrad form."})
+    total_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pictures of a step, over all processes: --gradient_accumulation_steps is what is missing to it."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.total_train_batch_size is not None:
+            self.gradient_accumulation_steps = self._accumulation()
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be between 0 and 1, got {self.ema_decay}.")
+
+    def _accumulation(self) -> int:
+        """Batches that each process accumulates for a step of `total_train_batch_size` pictures."""
+        total, processes = self.total_train_batch_size, self.world_size
+        at_once = self.train_batch_size * processes
+        if total < 1 or total % at_once:
+            fitting = [size for size in range(1, total // processes + 1) if total % (size * processes) == 0]
+            advice = f"sizes that do: {', '.join(map(str, fitting))}" if fitting else "no size does"
+            raise ValueError(
+                f"--total_train_batch_size {total} is no multiple of {at_once}, the pictures of {processes} processes "
+                f"with --per_device_train_batch_size {self.train_batch_size} ({advice})."
+            )
+        if self.gradient_accumulation_steps not in (1, total // at_once):
+            raise ValueError(
+                f"--total_train_batch_size {total} with {processes} processes of {self.train_batch_size} pictures "
+                f"accumulates {total // at_once} batches, --gradient_accumulation_steps says "
+                f"{self.gradient_accumulation_steps}."
+            )
+        return total // at_once
+
+
+class CheckpointError(OSError):
+    """A checkpoint that could not be written."""
 
 
 class ClusterFormerTrainer(Trainer):
     """
     [`Trainer`] that ends a run with the step's number once pixels or the loss are NaN or infinite, tells the training
-    data set its epoch if that has `set_epoch`, and leaves no checkpoint that looks complete and is not.
+    data set its epoch if that has `set_epoch`, leaves no checkpoint that looks complete and is not, and ends with a
+    checkpoint when it is told to by a signal ([`InterruptionCallback`]). A step gives the same weights whatever number
+    of processes and of batches its pictures come in.
 
     Biases, norms and scales (parameters with one number a channel or head) do not decay. With
     [`ClusterFormerTrainingArguments`] the backbone may have a learning rate of its own, and evaluation, checkpoints and
@@ -78,9 +114,16 @@ class ClusterFormerTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(SetEpochCallback())
+        self.interruption = InterruptionCallback()
+        self.add_callback(self.interruption)
         self.average: AveragedModel | None = None
+        self._step_labels: list[torch.Tensor] = []
 
     def train(self, *args, **kwargs):
+        with self.interruption.listening():
+            return self._train(*args, **kwargs)
+
+    def _train(self, *args, **kwargs):
         decay = getattr(self.args, "ema_decay", None)
         if decay is None:
             return super().train(*args, **kwargs)
@@ -110,6 +153,11 @@ class ClusterFormerTrainer(Trainer):
             yield
         finally:
             _swap(pairs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optimizer, options | ({"amsgrad": True} if getattr(args, "amsgrad", False) else {})
 
     def create_optimizer(self, model=None):
         backbone_learning_rate = getattr(self.args, "backbone_learning_rate", None)
@@ -153,6 +201,31 @@ class ClusterFormerTrainer(Trainer):
             )
         return loss
 
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._step_labels = [classes for batch in batches for classes in self._class_labels(batch)]
+        return batches, num_items_in_batch
+
+    def _class_labels(self, batch: dict) -> list[torch.Tensor]:
+        """The classes of the objects of each image, where a set loss is divided by their number."""
+        is_ours = isinstance(self.accelerator.unwrap_model(self.model), ClusterFormerPreTrainedModel)
+        labels = batch.get("labels")
+        if not is_ours or self.compute_loss_func is not None or labels is None:
+            return []
+        if isinstance(labels, torch.Tensor):
+            ignored = self.model.config.semantic_loss_ignore_index
+            return [classes[classes != ignored] for classes in map(torch.unique, labels)]
+        return [label["class_labels"] for label in labels]
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if not self._step_labels or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        with accumulated(self._step_labels):
+            result = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        # Trainer takes the mean over the batches of a step of losses that are shares of their sum.
+        loss = result[0] * self.current_gradient_accumulation_steps
+        return (loss, result[1]) if return_outputs else loss
+
     def evaluation_loop(self, *args, **kwargs):
         # A data loader draws a seed. A run resumed behind an evaluation would miss that draw.
         with torch.random.fork_rng(devices=[]), self.averaged_weights():
@@ -176,24 +249,53 @@ class ClusterFormerTrainer(Trainer):
             self.model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def _save_checkpoint(self, model, trial):
-        # Trainer writes its state last. An older checkpoint in the same folder must not lend its state to a new one
-        # that breaks off.
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        """Written beside its place, and moved there when it is whole."""
+        output_dir, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished = output_dir / UNFINISHED_FOLDER / name
         try:
-            super()._save_checkpoint(model, trial)
+            with self._output_in(unfinished.parent):
+                super()._save_checkpoint(model, trial)
+            self._publish(unfinished, output_dir / name)
         except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(self.args.output_dir).free / 2**20
-            raise OSError(
-                f"{folder} could not be written ({free:,.0f} MiB are free there): {error}\n"
+            free = shutil.disk_usage(output_dir).free / 2**20
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise CheckpointError(
+                f"{output_dir / name} could not be written ({free:,.0f} MiB are free there): {error}\n"
                 "The run goes on from its last complete checkpoint with --resume_from_checkpoint true."
             ) from error
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(output_dir / name))
 
-    def _save_rng_state(self, output_dir):
-        # The last files before the state: all processes must have written theirs.
-        super()._save_rng_state(output_dir)
+    @contextmanager
+    def _output_in(self, folder: Path):
+        """Inside, checkpoints are written to another folder than the others."""
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        self._get_output_dir = lambda trial=None: str(folder)
+        try:
+            yield
+        finally:
+            del self._get_output_dir
+
+    def _publish(self, unfinished: Path, folder: Path):
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(folder)
+        elif self.state.best_global_step:
+            best = folder.with_name(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best.exists() else None
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+            publish(unfinished, folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save and unfinished.is_dir():  # on the own disk of another machine
+            publish(unfinished, folder)
+        if self.args.should_save:
+            prune(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Nothing, while a checkpoint is not whole."""
 
     def create_model_card(
         self, description: str = "", limits: str = "", data: str = "", settings: dict | None = None, **kwargs
@@ -283,10 +385,18 @@ def start_run(args: TrainingArguments) -> str | None:
     )
     if not args.do_train and not args.do_eval:
         raise ValueError("There is nothing to do: pass --do_train, --do_eval or both.")
+    if args.do_train:
+        pictures, processes, batches = args.train_batch_size, args.world_size, args.gradient_accumulation_steps
+        logger.info(
+            f"A step takes {pictures * processes * batches} pictures: {processes} process(es) x {batches} batch(es) of "
+            f"{pictures}."
+        )
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir) if args.do_train else None
     # The examples hold no column that Trainer needs to remove, and evaluation keeps no logits.
     args.remove_unused_columns = False
     args.batch_eval_metrics = True
+    if args.should_save:
+        mark(args.output_dir, False)
     set_seed(args.seed)
     return checkpoint
 
@@ -294,7 +404,11 @@ def start_run(args: TrainingArguments) -> str | None:
 def train_and_evaluate(trainer: Trainer, checkpoint: str | None, num_skipped: int):
     """Does what the arguments say, saves the model and writes `train_results.json` and `eval_results.json`."""
     if trainer.args.do_train:
+        if checkpoint is not None:
+            check_same_model(checkpoint, trainer.model)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        if trainer.interruption.is_stopping:
+            end_interrupted_run(trainer)
         metrics |= {"train_samples": len(trainer.train_dataset), "skipped_files": num_skipped}
         trainer.save_model()
         trainer.log_metrics("train", metrics)
@@ -304,6 +418,25 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, num_skipped: in
         metrics = trainer.evaluate() | {"eval_samples": len(trainer.eval_dataset)}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+
+
+def end_interrupted_run(trainer: ClusterFormerTrainer):
+    """Leaves the marker and ends the process. What a whole run ends with is left to the one that goes on."""
+    if trainer.is_world_process_zero():
+        mark(trainer.args.output_dir, True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    logger.warning("Interrupted. The run goes on with the same command and --resume_from_checkpoint true.")
+    sys.exit(EXIT_CODE)
+
+
+def run_script(main: Callable[[], None]):
+    """Runs a training script. A full disk ends it with one line and not with a trace of calls."""
+    try:
+        main()
+    except CheckpointError as error:
+        logger.error(error)
+        sys.exit(1)
 
 
 def write_card(
@@ -345,56 +478,3 @@ def classification_loss(label_smoothing: float = 0.0) -> Callable:
         return loss * (labels.numel() / len(labels)) / num_items_in_batch
 
     return compute_loss
-
-
-def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
-    """
-    The checkpoint that `--resume_from_checkpoint` means: a path, or the newest complete one of `output_dir` for true.
-
-    Raises:
-        `ValueError`: if the given checkpoint is incomplete, or none is complete; says what each lacks.
-    """
-    if str(resume_from_checkpoint).lower() in ("none", "false"):
-        if sort_checkpoints(output_dir):
-            logger.warning(
-                f"{output_dir} has checkpoints of an earlier run, and this run starts anew. Take another --output_dir, "
-                "or go on with --resume_from_checkpoint true."
-            )
-        return None
-    if str(resume_from_checkpoint).lower() != "true":
-        problem = checkpoint_problem(resume_from_checkpoint)
-        if problem is not None:
-            raise ValueError(f"Cannot resume from {resume_from_checkpoint}: {problem}.")
-        return resume_from_checkpoint
-    problems = []
-    for checkpoint in reversed(sort_checkpoints(output_dir)):
-        problem = checkpoint_problem(checkpoint)
-        if problem is None:
-            return checkpoint
-        problems.append(f"{checkpoint}: {problem}")
-        logger.warning(f"Skipping the incomplete checkpoint {problems[-1]}.")
-    raise ValueError(f"There is no complete checkpoint in {output_dir} to resume from. {'; '.join(problems)}")
-
-
-def checkpoint_problem(folder: str | Path) -> str | None:
-    """What a Trainer checkpoint lacks to be resumed from, or None if it is complete. Reads no tensor."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return "no such folder"
-    for name in (TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME):
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-    if not any(folder.glob("rng_state*.pth")):
-        return "the state of the random numbers is missing"
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except ValueError:
-        return f"{TRAINER_STATE_NAME} is truncated"
-    try:
-        safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt")
-    except SafetensorError:
-        return f"{SAFE_WEIGHTS_NAME} is truncated"
-    for path in [*folder.glob("*.pt"), *folder.glob("rng_state*.pth")]:
-        if not zipfile.is_zipfile(path):
-            return f"{path.name} is truncated"
-    return None

@@ -36,12 +36,14 @@ from clusterformer_hf.data.augmentation import (
     EvalTransform,
     TrainTransform,
 )
+from clusterformer_hf.data.smoke import smoke_digits
 from clusterformer_hf.metrics.accuracy import ClassificationAccuracy
 from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import (
     ClusterFormerTrainer,
     ClusterFormerTrainingArguments,
     classification_loss,
+    run_script,
     start_run,
     train_and_evaluate,
     write_card,
@@ -85,7 +87,7 @@ class DataArguments:
 
 def main(args: list[str] | None = None):
     model_args, data_args, augmentation_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, AugmentationArguments, ClusterFormerTrainingArguments), args
+        (ModelArguments, DataArguments, AugmentationArguments, ClusterFormerTrainingArguments), args, smoke_digits
     )
     checkpoint = start_run(training_args)
     with training_args.main_process_first(desc="reading the pictures"):
@@ -188,4 +190,4 @@ def card_paragraphs(model_args, model, splits, class_names: list[str], skipped: 
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

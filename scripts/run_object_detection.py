@@ -46,6 +46,7 @@ from clusterformer_hf.data.detection import (
 )
 from clusterformer_hf.data.detection_data import DetectionData
 from clusterformer_hf.data.object_columns import read_objects
+from clusterformer_hf.data.smoke import smoke_scenes
 from clusterformer_hf.data.splits import Reader, SplitArguments, load_splits, name_classes
 from clusterformer_hf.loading import (
     ModelArguments,
@@ -66,6 +67,7 @@ from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import (
     ClusterFormerTrainer,
     ClusterFormerTrainingArguments,
+    run_script,
     start_run,
     train_and_evaluate,
     write_card,
@@ -105,7 +107,9 @@ class DataArguments(SplitArguments):
 
 def main(args: list[str] | None = None):
     model_args, data_args, augmentation_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, DetectionAugmentationArguments, ClusterFormerTrainingArguments), args
+        (ModelArguments, DataArguments, DetectionAugmentationArguments, ClusterFormerTrainingArguments),
+        args,
+        smoke_scenes,
     )
     checkpoint = start_run(training_args)
     if training_args.label_smoothing_factor:
@@ -190,4 +194,4 @@ def card_paragraphs(model_args, model, splits: dict[str, DetectionData], skipped
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

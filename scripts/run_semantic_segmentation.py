@@ -57,6 +57,7 @@ from clusterformer_hf.data.segmentation_augmentation import (
     SegmentationEvalTransform,
     SegmentationTrainTransform,
 )
+from clusterformer_hf.data.smoke import smoke_label_maps
 from clusterformer_hf.data.splits import Reader, SplitArguments, load_splits, name_classes
 from clusterformer_hf.loading import (
     ModelArguments,
@@ -71,7 +72,13 @@ from clusterformer_hf.metrics.detection import set_up_evaluation
 from clusterformer_hf.metrics.segmentation import SegmentationTrainer
 from clusterformer_hf.metrics.semantic import SemanticMetric, SemanticPostProcessor
 from clusterformer_hf.recipes import parse_arguments
-from clusterformer_hf.training import ClusterFormerTrainingArguments, start_run, train_and_evaluate, write_card
+from clusterformer_hf.training import (
+    ClusterFormerTrainingArguments,
+    run_script,
+    start_run,
+    train_and_evaluate,
+    write_card,
+)
 
 
 @dataclass
@@ -116,7 +123,9 @@ class DataArguments(SplitArguments):
 
 def main(args: list[str] | None = None):
     model_args, data_args, augmentation_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, SegmentationAugmentationArguments, ClusterFormerTrainingArguments), args
+        (ModelArguments, DataArguments, SegmentationAugmentationArguments, ClusterFormerTrainingArguments),
+        args,
+        smoke_label_maps,
     )
     checkpoint = start_run(training_args)
     if training_args.label_smoothing_factor:
@@ -223,4 +232,4 @@ def card_paragraphs(model_args, model, splits: dict[str, SemanticData], skipped:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

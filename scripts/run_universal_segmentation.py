@@ -55,6 +55,7 @@ from clusterformer_hf.data.segmentation_augmentation import (
     SegmentationEvalTransform,
     SegmentationTrainTransform,
 )
+from clusterformer_hf.data.smoke import smoke_scenes
 from clusterformer_hf.data.splits import Reader, SplitArguments, load_splits, name_classes
 from clusterformer_hf.loading import (
     ModelArguments,
@@ -71,7 +72,13 @@ from clusterformer_hf.metrics.panoptic import PanopticMetric, PanopticPostProces
 from clusterformer_hf.metrics.segmentation import JoinedMetric, JoinedPostProcessor, SegmentationTrainer
 from clusterformer_hf.metrics.semantic import SemanticMetric, UniversalSemanticPostProcessor
 from clusterformer_hf.recipes import parse_arguments
-from clusterformer_hf.training import ClusterFormerTrainingArguments, start_run, train_and_evaluate, write_card
+from clusterformer_hf.training import (
+    ClusterFormerTrainingArguments,
+    run_script,
+    start_run,
+    train_and_evaluate,
+    write_card,
+)
 
 
 TASKS = ("panoptic", "instance")
@@ -181,7 +188,9 @@ class Evaluation:
 
 def main(args: list[str] | None = None):
     model_args, data_args, augmentation_args, training_args = parse_arguments(
-        (ModelArguments, DataArguments, SegmentationAugmentationArguments, ClusterFormerTrainingArguments), args
+        (ModelArguments, DataArguments, SegmentationAugmentationArguments, ClusterFormerTrainingArguments),
+        args,
+        smoke_scenes,
     )
     checkpoint = start_run(training_args)
     if training_args.label_smoothing_factor:
@@ -294,4 +303,4 @@ def card_paragraphs(model_args, model, splits: dict, skipped: list[str]) -> dict
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

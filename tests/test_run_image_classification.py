@@ -43,10 +43,11 @@ from transformers import (
 )
 
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
+from clusterformer_hf.checkpoints import UNFINISHED_FOLDER, checkpoint_problem, find_checkpoint
 from clusterformer_hf.data.classification import ImageClassificationDataset
 from clusterformer_hf.metrics.accuracy import ClassificationAccuracy
 from clusterformer_hf.recipes import parse_arguments
-from clusterformer_hf.training import SetEpochCallback, checkpoint_problem, classification_loss, find_checkpoint
+from clusterformer_hf.training import ClusterFormerTrainingArguments, SetEpochCallback, classification_loss
 from scripts.run_image_classification import main
 
 
@@ -250,6 +251,12 @@ def test_parse_arguments(tmp_path):
     recipe.write_text("learning_rat: 1\n")
     with pytest.raises(ValueError, match="recipe.yaml has keys that are no flags: learning_rat"):
         parse_arguments((Arguments, TrainingArguments), [str(recipe)])
+    recipe.write_text("max_steps: 5\nnum_train_epochs: 3\n")
+    with pytest.raises(ValueError, match="has both max_steps and num_train_epochs, which contradict each other"):
+        parse_arguments((Arguments, TrainingArguments), [str(recipe)])
+    recipe.write_text("flip: true\nlearning_rate: 1\nflip: false\n")
+    with pytest.raises(ValueError, match="has flip twice.*recipe.yaml"):
+        parse_arguments((Arguments, TrainingArguments), [str(recipe)])
     recipe.write_text("- learning_rate\n")
     with pytest.raises(ValueError, match="recipe.yaml must be a mapping of flags to values, got list"):
         parse_arguments((Arguments, TrainingArguments), [str(recipe)])
@@ -259,7 +266,7 @@ def test_parse_arguments(tmp_path):
 def test_recipes_parse(recipe):
     from scripts.run_image_classification import AugmentationArguments, DataArguments, ModelArguments
 
-    types = (ModelArguments, DataArguments, AugmentationArguments, TrainingArguments)
+    types = (ModelArguments, DataArguments, AugmentationArguments, ClusterFormerTrainingArguments)
     training = parse_arguments(types, [str(recipe), "--use_cpu"])[-1]
     assert training.do_train and training.learning_rate < 0.01
 
@@ -446,11 +453,10 @@ def killed(pictures, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("number, complete", [(0, 2), (1, 6)], ids=["in_an_epoch", "at_its_end"])
-def test_run_killed_while_a_checkpoint_is_written(number, complete, killed, pictures, uninterrupted, caplog):
+def test_run_killed_while_a_checkpoint_is_written(number, complete, killed, pictures, uninterrupted):
     output_dir, incomplete = killed / str(number), KILLED_INSIDE[number].split("/")[0]
-    assert checkpoint_problem(output_dir / incomplete) is not None
+    assert not (output_dir / incomplete).exists() and (output_dir / UNFINISHED_FOLDER / incomplete).exists()
     assert find_checkpoint("true", str(output_dir)) == str(output_dir / f"checkpoint-{complete}")
-    assert f"Skipping the incomplete checkpoint {output_dir / incomplete}: trainer_state.json is" in caplog.text
     main([*command(pictures, output_dir, *LONG_RUN, config=RANDOM), "--resume_from_checkpoint=true"])
     assert_same_run(output_dir, uninterrupted)
 
@@ -463,7 +469,7 @@ def test_run_killed_anywhere(killed, pictures, uninterrupted):
 
 
 def test_full_disk(pictures, uninterrupted, tmp_path, monkeypatch):
-    """The system refuses the fourth step's optimizer half-way; an older checkpoint there does not hide it."""
+    """The system refuses the fourth step's optimizer half-way; an older checkpoint of that step stays whole."""
     run = command(pictures, tmp_path, *LONG_RUN, config=RANDOM)
     shutil.copytree(uninterrupted / "checkpoint-4", tmp_path / "checkpoint-4")
     save = torch.save
@@ -481,8 +487,8 @@ def test_full_disk(pictures, uninterrupted, tmp_path, monkeypatch):
         patch.setattr(torch, "save", save_on_a_full_disk)
         with pytest.raises(OSError, match="checkpoint-4 could not be written .* MiB are free"):
             main(run)
-    assert checkpoint_problem(tmp_path / "checkpoint-4") == "trainer_state.json is missing"
-    assert find_checkpoint("true", str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    assert not list((tmp_path / UNFINISHED_FOLDER).iterdir())
+    assert find_checkpoint("true", str(tmp_path)) == str(tmp_path / "checkpoint-4")
     main([*run, "--resume_from_checkpoint=true"])
     assert_same_run(tmp_path, uninterrupted)
 
@@ -509,6 +515,8 @@ def test_damaged_checkpoints_are_found(name, uninterrupted, tmp_path, caplog):
     path.unlink()
     assert "is missing" in checkpoint_problem(path.parent)
     assert find_checkpoint("True", str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    assert find_checkpoint("auto", str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    assert find_checkpoint("auto", str(tmp_path / "empty")) is None
     assert find_checkpoint(None, str(tmp_path)) is find_checkpoint(False, str(tmp_path)) is None
     assert "has checkpoints of an earlier run, and this run starts anew" in caplog.text
 

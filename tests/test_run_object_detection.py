@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification, ClusterFormerForObjectDetection
+from clusterformer_hf.checkpoints import checkpoint_problem
 from clusterformer_hf.data.digit_scenes import write_digit_scenes
 from clusterformer_hf.loading import ModelArguments, summarise
 from clusterformer_hf.recipes import parse_arguments
@@ -50,7 +51,6 @@ from clusterformer_hf.training import (
     ClusterFormerTrainer,
     ClusterFormerTrainingArguments,
     backbone_parameter_names,
-    checkpoint_problem,
 )
 from scripts.run_object_detection import DataArguments, DetectionAugmentationArguments, main, new_image_processor
 

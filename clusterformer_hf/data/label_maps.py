@@ -16,6 +16,7 @@ Label maps for semantic segmentation: for each picture an image whose pixels are
 library. 255 is for pixels of no class, which neither training nor evaluation counts.
 """
 
+import csv
 import json
 import logging
 from collections.abc import Iterable
@@ -36,7 +37,8 @@ logger = logging.getLogger(__name__)
 IGNORE_INDEX = 255
 # The first that exists is read.
 SPLITS = {"train": ["train", "training"], "validation": ["validation", "valid", "val", "test"]}
-CLASS_NAME_FILES = ["id2label.json", "annotations/semantic_labels.json"]
+# The last is a table that ADE20K comes with.
+CLASS_NAME_FILES = ["id2label.json", "annotations/semantic_labels.json", "objectInfo150.txt"]
 LABEL_COLUMNS = ["label", "labels", "annotation", "annotations", "mask", "label_map"]
 
 
@@ -177,7 +179,8 @@ def find_label_map_splits(folder: str | Path) -> dict[str, tuple[Path, Path]]:
 
 def read_class_names(source: str | Path) -> list[str]:
     """
-    Class names from a JSON file, `{"0": "wall", "1": "building", ...}`, or from the one that a data set's folder has.
+    Class names from a JSON file, `{"0": "wall", "1": "building", ...}`, from a table with the columns `Idx`, counted
+    from 1, and `Name`, separated by tabs, or from the file that a data set's folder has.
 
     Raises:
         `ValueError`: if there is no such file, or its ids are not 0, 1, 2 and so on; names the file.
@@ -189,12 +192,21 @@ def read_class_names(source: str | Path) -> list[str]:
             raise ValueError(f"Nothing names the classes: there is no {' nor '.join(CLASS_NAME_FILES)} in {source}.")
         file = found[0]
     try:
-        names = {int(label): str(name) for label, name in json.loads(file.read_text(encoding="utf-8")).items()}
+        names = _names_of_table(file) if file.suffix == ".txt" else json.loads(file.read_text(encoding="utf-8"))
+        names = {int(label): str(name) for label, name in names.items()}
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f'{file} must be JSON like {{"0": "wall", "1": "building"}}: {error}') from error
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"{file}: ids must be 0, 1, 2 and so on, got {listed(sorted(names))}.")
     return [names[label] for label in range(len(names))]
+
+
+def _names_of_table(file: Path) -> dict[int, str]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = csv.DictReader(lines, delimiter="\t")
+        if not {"Idx", "Name"} <= set(rows.fieldnames or ()):
+            raise ValueError("a table needs the columns Idx and Name")
+        return {int(row["Idx"]) - 1: row["Name"] for row in rows}
 
 
 def read_label_maps(images_dir: str | Path, labels_dir: str | Path, class_names: list[str], **options) -> SemanticData:
