@@ -93,8 +93,8 @@ def _set_smoke_defaults(parser: HfArgumentParser, args: list[str], smoke_data: C
 
 
 def _read_recipe(path: Path, flags: set[str]) -> dict:
-    text = path.read_text(encoding="utf-8")
-    recipe = json.loads(text) if path.suffix == ".json" else yaml.load(text, _UniqueKeys)
+    with path.open(encoding="utf-8") as file:
+        recipe = json.load(file) if path.suffix == ".json" else yaml.load(file, _UniqueKeys)
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} must be a mapping of flags to values, got {type(recipe).__name__}.")
     unknown = sorted(str(key) for key in recipe if key not in flags)
@@ -113,5 +113,5 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
-            raise ValueError(f"The recipe has {', '.join(twice)} twice{node.start_mark}.")
+            raise ValueError(f"The recipe has {', '.join(twice)} twice: {str(node.start_mark).strip()}.")
         return super().construct_mapping(node, deep)
