@@ -11,68 +11,204 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The model card of a training run: what was trained on what, and what was measured."""
+"""Model cards: of a training's own folder, and of a repository on the Hub."""
 
-import yaml
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Template
+from transformers import PreTrainedModel
 from transformers.modelcard import TrainingSummary, make_markdown_table
 
-
-CARD = """---
-{metadata}---
-
-# {name}
-
-{description}
-
-## Results
-
-On the evaluation set, at the end of this run:
-
-{results}
-
-## Use
-
-```python
-from transformers import pipeline
-
-predictor = pipeline("{task}", model="{name}", trust_remote_code=True)
-predictor("picture.jpg")
-```
-
-## Limits
-
-{limits}
-
-## Data
-
-{data}
-
-## Training
-
-{hyperparameters}
-
-{progress}
-"""
+from .configuration_clusterformer import ClusterFormerConfig
+from .provenance import PROVENANCE, fingerprint, read_for
 
 
-def render_model_card(summary: TrainingSummary, description: str, limits: str, data: str) -> str:
+TEMPLATES = Path(__file__).parent / "model_cards"
+RECORD_NAME = "training_record.json"
+
+# Of the task that a model's class name ends in: how the Hub calls it, the template of its usage, its main Auto class.
+TASKS = {
+    "ForImageClassification": ("image-classification", "image_classification", "AutoModelForImageClassification"),
+    "ForObjectDetection": ("object-detection", "object_detection", "AutoModelForObjectDetection"),
+    "ForSemanticSegmentation": ("image-segmentation", "semantic_segmentation", "AutoModelForSemanticSegmentation"),
+    "ForInstanceSegmentation": ("image-segmentation", "universal_segmentation", "AutoModelForInstanceSegmentation"),
+    "ForUniversalSegmentation": ("image-segmentation", "universal_segmentation", "AutoModelForUniversalSegmentation"),
+}
+BACKBONE = ("image-feature-extraction", "backbone", "AutoModel")
+# Numbers of an evaluation that the card's metadata has, and their names on the Hub. Its table has all.
+METRIC_TYPES = {name: name for name in ("accuracy", "top5_accuracy", "AP", "AP50", "AP75", "PQ", "SQ", "RQ")}
+METRIC_TYPES |= {"mIoU": "mean_iou"}
+NO_METRICS = ("runtime", "samples", "samples_per_second", "steps_per_second", "epoch", "model_preparation_time")
+MAX_CLASSES = 20
+
+
+@dataclass
+class TrainingRecord:
+    """What is known of a training, kept in `training_record.json` beside its model."""
+
+    description: str
+    """What the model is and what it was trained from."""
+    limits: str
+    """What it must not be used for."""
+    data: str
+    """The training and evaluation pictures."""
+    base_model: str | None = None
+    """The model on the Hub that it was trained from."""
+    datasets: list[str] = field(default_factory=list)
+    """The data sets on the Hub that it was trained on."""
+    hyperparameters: dict = field(default_factory=dict)
+    course: list[dict] = field(default_factory=list)
+    """A row for each evaluation in the training."""
+
+    @classmethod
+    def from_summary(cls, summary: TrainingSummary, description: str, limits: str, data: str) -> "TrainingRecord":
+        tags = summary.dataset_tags or []
+        return cls(
+            description=description,
+            limits=limits,
+            data=data,
+            base_model=summary.finetuned_from or None,
+            datasets=[tags] if isinstance(tags, str) else list(tags),
+            hyperparameters=summary.hyperparameters or {},
+            course=summary.eval_lines or [],
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel) -> "TrainingRecord":
+        """Raises [`ForeignResultsError`] if it is the record of another model."""
+        fields = read_for(model, path)
+        del fields[PROVENANCE]
+        return cls(**fields)
+
+    def save(self, path: str | Path, model: PreTrainedModel):
+        fields = asdict(self) | {PROVENANCE: {"weights": fingerprint(model)}}
+        Path(path).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def render_model_card(
+    model: PreTrainedModel,
+    location: str,
+    record: TrainingRecord | None = None,
+    results: dict | None = None,
+    license: str | None = None,
+    example: str | None = None,
+) -> ModelCard:
     """
-    Text of a model card with its metadata.
+    The card of a model. Its numbers are those of `results` and the course of the training, and no others.
 
     Args:
-        summary: What Trainer knows of the run: the last evaluation, the hyperparameters, the course of the training.
-        description, limits, data: Paragraphs on the model, on what it must not be used for, and on its pictures.
+        location: Where its code loads the model from: a folder, or a repository on the Hub.
+        record: What is known of its training.
+        results: A results file with its provenance, as [`read_for`] gives it.
+        license: The weights' license, by its name on the Hub.
+        example: A picture in the repository, if `location` is one that has a picture.
     """
-    metadata = summary.create_metadata() | {"pipeline_tag": summary.tasks}
-    results = [{"Metric": name, "Value": value} for name, value in (summary.eval_results or {}).items()]
-    return CARD.format(
-        metadata=yaml.safe_dump(metadata, sort_keys=False),
-        name=summary.model_name,
-        description=description,
-        results=make_markdown_table(results) or "The run was not evaluated.",
-        task=summary.tasks,
-        limits=limits,
-        data=data,
-        hyperparameters="\n".join(f"- {name}: {value}" for name, value in summary.hyperparameters.items()),
-        progress=make_markdown_table(summary.eval_lines),
+    task, template, auto_class = model_task(model)
+    is_ours = model.config.model_type == ClusterFormerConfig.model_type
+    record = record or TrainingRecord(describe(model), name_classes(model), "Nothing is recorded of its training.")
+    name = Path(location).name
+    values = {
+        "name": name,
+        "location": location,
+        "example": example,
+        "picture": f'hf_hub_download("{location}", "{example}")' if example else '"picture.jpg"',
+        "auto_class": auto_class,
+        "is_ours": is_ours,
+        "trust": ", trust_remote_code=True" if is_ours else "",
+    }
+    data = ModelCardData(
+        base_model=record.base_model,
+        datasets=record.datasets or None,
+        eval_results=eval_results(results, task) or None,
+        library_name="transformers",
+        license=license,
+        model_name=name,
+        pipeline_tag=task,
+        tags=[task, "vision", model.config.model_type],
     )
+    return ModelCard.from_template(
+        data,
+        template_path=TEMPLATES / "card.md",
+        usage=Template((TEMPLATES / f"{template}.md").read_text(encoding="utf-8")).render(values),
+        architecture=architecture(model.config) if is_ours else None,
+        results=results_table(results),
+        measured=results and results[PROVENANCE],
+        num_samples=results and results.get("eval_samples"),
+        record=record,
+        course=make_markdown_table(record.course),
+        **values,
+    )
+
+
+def model_task(model: PreTrainedModel) -> tuple[str, str, str]:
+    """The task's name on the Hub, the template of its usage and the main Auto class."""
+    class_name = type(model).__name__
+    return next((task for ending, task in TASKS.items() if class_name.endswith(ending)), BACKBONE)
+
+
+def variant(config: ClusterFormerConfig) -> str:
+    """`ClusterFormer-Tiny`, `ClusterFormer-Small`, or `ClusterFormer` for other sizes."""
+    for name in ("tiny", "small"):
+        sizes = getattr(ClusterFormerConfig, name)()
+        if all(list(getattr(config, key)) == list(getattr(sizes, key)) for key in ("depths", "hidden_sizes")):
+            return f"ClusterFormer-{name.capitalize()}"
+    return "ClusterFormer"
+
+
+def describe(model: PreTrainedModel) -> str:
+    return (
+        f"`{type(model).__name__}` with {model.num_parameters():,} parameters. "
+        "ClusterFormer: [Clustering As A Universal Visual Learner](https://arxiv.org/abs/2309.13196)."
+    )
+
+
+def architecture(config: ClusterFormerConfig) -> str:
+    def listed(numbers) -> str:
+        return ", ".join("x".join(map(str, n)) if isinstance(n, (list, tuple)) else str(n) for n in numbers)
+
+    return (
+        f"{variant(config)}, clustering `{config.clustering}`: stages of {listed(config.depths)} blocks, "
+        f"{listed(config.hidden_sizes)} channels, {listed(config.num_attention_heads)} heads and centre grids of "
+        f"{listed(config.center_grid)}, with {config.num_iterations} iterations."
+    )
+
+
+def name_classes(model: PreTrainedModel) -> str:
+    """A sentence with the classes that a model knows; empty for a backbone."""
+    if model_task(model) == BACKBONE:
+        return "It gives features and no answers: it is made to be trained further."
+    names = [str(name) for name in model.config.id2label.values()]
+    more = f" and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
+    return f"It knows {len(names)} classes: {', '.join(names[:MAX_CLASSES])}{more}."
+
+
+def measured_numbers(results: dict | None) -> dict[str, float]:
+    """By the metrics' names. pycocotools has -1 where there is nothing to measure."""
+    names = {key: key.removeprefix("eval_") for key in results or {} if key.startswith("eval_")}
+    return {name: results[key] for key, name in names.items() if name not in NO_METRICS and results[key] != -1}
+
+
+def results_table(results: dict | None) -> str:
+    """Markdown; empty without results. Names of classes may hold what ends a cell."""
+    rows = measured_numbers(results).items()
+    return make_markdown_table([{"Metric": name.replace("|", r"\|"), "Value": value} for name, value in rows])
+
+
+def eval_results(results: dict | None, task: str) -> list[EvalResult]:
+    numbers = measured_numbers(results)
+    dataset = (results and results[PROVENANCE]["dataset"]) or "unknown"
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=metric_type,
+            metric_name=name,
+            metric_value=numbers[name],
+        )
+        for name, metric_type in METRIC_TYPES.items()
+        if name in numbers
+    ]

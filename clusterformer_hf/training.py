@@ -36,8 +36,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .checkpoints import UNFINISHED_FOLDER, check_same_model, find_checkpoint, prune, publish
 from .interruption import EXIT_CODE, InterruptionCallback, mark
 from .loss_clusterformer import accumulated
-from .model_card import render_model_card
+from .model_card import RECORD_NAME, TrainingRecord, render_model_card
 from .modeling_clusterformer import ClusterFormerPreTrainedModel
+from .provenance import PROVENANCE, ForeignResultsError, provenance, read_for
 
 
 logger = logging.getLogger(__name__)
@@ -301,22 +302,36 @@ class ClusterFormerTrainer(Trainer):
         self, description: str = "", limits: str = "", data: str = "", settings: dict | None = None, **kwargs
     ):
         """
-        Writes README.md. See [`render_model_card`] for the paragraphs; `settings` are listed with the hyperparameters;
-        the other arguments are Trainer's.
+        Writes README.md, and training_record.json for the card of a repository on the Hub. See [`TrainingRecord`] for
+        the paragraphs; `settings` are listed with the hyperparameters; the other arguments are Trainer's.
         """
         if self.is_world_process_zero():
             summary = TrainingSummary.from_trainer(self, **kwargs)
             summary.hyperparameters |= settings or {}
             _restore_names(summary, self.state.log_history)
-            card = render_model_card(summary, description, limits, data)
-            Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
+            record = TrainingRecord.from_summary(summary, description, limits, data)
+            folder, model = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
+            record.save(folder / RECORD_NAME, model)
+            location = (self.hub_model_id if self.args.push_to_hub else None) or self.args.output_dir
+            results = own_results(folder / "eval_results.json", model)
+            render_model_card(model, location, record, results, summary.license).save(folder / "README.md")
+
+
+def own_results(path: Path, model) -> dict | None:
+    """The results file of a run, if there is one and it is not of an earlier run in the same folder."""
+    try:
+        return read_for(model, path)
+    except FileNotFoundError:
+        return None
+    except ForeignResultsError as error:
+        logger.warning(f"The model card has no results: {error}")
+        return None
 
 
 def _restore_names(summary: TrainingSummary, log_history: list[dict]):
     """Undoes `Ap50` and `Ap Dog` for AP50 and AP_dog; single classes are no columns of the training's course."""
     logged = {name.removeprefix("eval_") for entry in log_history for name in entry}
     names = {" ".join(map(str.capitalize, name.split("_"))): name for name in logged if not name.islower()}
-    summary.eval_results = {names.get(key, key): value for key, value in (summary.eval_results or {}).items()}
     summary.eval_lines = [
         {names.get(key, key): value for key, value in line.items() if "_" not in names.get(key, key)}
         for line in summary.eval_lines or []
@@ -401,8 +416,11 @@ def start_run(args: TrainingArguments) -> str | None:
     return checkpoint
 
 
-def train_and_evaluate(trainer: Trainer, checkpoint: str | None, num_skipped: int):
-    """Does what the arguments say, saves the model and writes `train_results.json` and `eval_results.json`."""
+def train_and_evaluate(trainer: Trainer, checkpoint: str | None, num_skipped: int, source: str | None = None):
+    """
+    Does what the arguments say, saves the model and writes `train_results.json` and `eval_results.json`, which names
+    the weights and the data that its numbers are of: `source` is a path or a name on the Hub.
+    """
     if trainer.args.do_train:
         if checkpoint is not None:
             check_same_model(checkpoint, trainer.model)
@@ -415,9 +433,10 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, num_skipped: in
         trainer.save_metrics("train", metrics)
         trainer.save_state()
     if trainer.args.do_eval:
+        origin = provenance(trainer.accelerator.unwrap_model(trainer.model), source)
         metrics = trainer.evaluate() | {"eval_samples": len(trainer.eval_dataset)}
         trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics | {PROVENANCE: origin})
 
 
 def end_interrupted_run(trainer: ClusterFormerTrainer):

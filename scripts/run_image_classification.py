@@ -116,7 +116,8 @@ def main(args: list[str] | None = None):
         processing_class=image_processor,
     )
 
-    train_and_evaluate(trainer, checkpoint, len(skipped))
+    evaluated = data_args.dataset_name or data_args.validation_dir or data_args.train_dir
+    train_and_evaluate(trainer, checkpoint, len(skipped), evaluated)
     if training_args.do_train:
         source = data_args.dataset_name or data_args.train_dir
         paragraphs = card_paragraphs(model_args, model, splits, class_names, skipped)

@@ -147,7 +147,8 @@ def main(args: list[str] | None = None):
     )
     # Detectors normalise their losses by the boxes of a batch, whatever arguments their `forward` takes.
     trainer.model_accepts_loss_kwargs = False
-    train_and_evaluate(trainer, checkpoint, len(skipped))
+    evaluated = data_args.dataset_name or data_args.validation_annotations or data_args.train_annotations
+    train_and_evaluate(trainer, checkpoint, len(skipped), evaluated)
     if training_args.do_eval and trainer.is_world_process_zero():
         path = Path(training_args.output_dir, "coco_results.json")
         write_coco_results(path, metric.detections.values(), metric.category_of)

@@ -166,7 +166,8 @@ def main(args: list[str] | None = None):
     )
     # Losses are means over a batch, whatever arguments a model's `forward` takes.
     trainer.model_accepts_loss_kwargs = False
-    train_and_evaluate(trainer, checkpoint, len(skipped))
+    evaluated = data_args.dataset_name or data_args.validation_images or data_args.train_images
+    train_and_evaluate(trainer, checkpoint, len(skipped), evaluated)
     if training_args.do_train:
         source = data_args.dataset_name or data_args.train_images
         paragraphs = card_paragraphs(model_args, model, splits, skipped)

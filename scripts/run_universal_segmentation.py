@@ -236,7 +236,8 @@ def main(args: list[str] | None = None):
             trainer.add_callback(WriteAtTheEnd(evaluation))
         else:
             evaluation.keep_results()
-    train_and_evaluate(trainer, checkpoint, len(skipped))
+    evaluated = data_args.dataset_name or data_args.validation_annotations or data_args.train_annotations
+    train_and_evaluate(trainer, checkpoint, len(skipped), evaluated)
     if training_args.do_eval and trainer.is_world_process_zero():
         evaluation.write_results()
     if training_args.do_train:

@@ -180,6 +180,8 @@ def test_evaluation_alone_gives_the_same_numbers(trained, scenes, tmp_path):
     main(command(None, tmp_path, *flags, *data))
     timeless = {name: value for name, value in results(trained).items() if not name.endswith(("time", "second"))}
     del timeless["epoch"]
+    origin = timeless.pop("provenance")
+    assert origin["weights"] == results(tmp_path)["provenance"]["weights"] and origin["dataset"] == scenes.name
     assert {"eval_AP", "eval_AP50", "eval_AP_low", "eval_AP_high"} < timeless.keys()
     for name, value in timeless.items():
         assert results(tmp_path)[name] == value, name
