@@ -1,0 +1,132 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Publishes a saved ClusterFormer on the Hub, with all that it takes to load it where this package is not installed.
+
+    python scripts/push_to_hub.py --model outputs/mine --repo-id USER/NAME --dry-run
+    python scripts/push_to_hub.py --model outputs/mine --repo-id USER/NAME
+
+The repository is written to `outputs/hub/USER/NAME`, anew each time, and `--dry-run` stops there. Log in with
+`hf auth login` or set HF_TOKEN. The numbers of the model card are those of `eval_results.json` in the model's folder
+and the rest is from its `training_record.json`; the training scripts write both.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoImageProcessor, HfArgumentParser
+
+import clusterformer_hf
+from clusterformer_hf import ClusterFormerConfig
+from clusterformer_hf.hub import AUTO_CLASSES, RESULTS_NAME, HubError, check_repo_id, export_repository, publish
+from clusterformer_hf.model_card import RECORD_NAME
+from clusterformer_hf.provenance import ForeignResultsError
+
+
+@dataclass
+class Arguments:
+    model: Path = field(metadata={"help": "Folder of a saved model with its image processor."})
+    repo_id: str = field(metadata={"help": "USER/NAME or ORGANISATION/NAME."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to upload to, made if there is none."})
+    dry_run: bool = field(default=False, metadata={"help": "Write the folder and print what would be uploaded."})
+    example: Path | None = field(
+        default=None, metadata={"help": "Picture for the repository that you may publish; one is drawn if unset."}
+    )
+    license: str = field(default="apache-2.0", metadata={"help": "License of the weights, by its name on the Hub."})
+
+
+def load_model(folder: Path):
+    """
+    The model that was saved in a folder, as its own class. Only safetensors are read.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model {folder} is no folder of a saved model: it has no config.json.")
+    names = ClusterFormerConfig.from_pretrained(folder).architectures or []
+    if len(names) != 1 or names[0] not in AUTO_CLASSES:
+        raise ValueError(f"--model {folder} is no ClusterFormer: its config names {names}.")
+    try:
+        return getattr(clusterformer_hf, names[0]).from_pretrained(folder, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"--model {folder} has no weights as safetensors: {error}") from error
+
+
+def load_image_processor(folder: Path):
+    try:
+        return AutoImageProcessor.from_pretrained(folder)
+    except OSError as error:
+        raise ValueError(f"--model {folder} has no image processor; save one to it: {error}") from error
+
+
+def open_example(path: Path | None) -> Image.Image | None:
+    try:
+        return Image.open(path) if path is not None else None
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"--example {path} cannot be read as a picture: {error}") from error
+
+
+def export(args: Arguments) -> Path:
+    """Writes the repository in place of an earlier one."""
+    model, image_processor, example = (
+        load_model(args.model),
+        load_image_processor(args.model),
+        open_example(args.example),
+    )
+    folder = Path("outputs", "hub", args.repo_id)
+    shutil.rmtree(folder, ignore_errors=True)
+    results, record = (args.model / name for name in (RESULTS_NAME, RECORD_NAME))
+    return export_repository(
+        model,
+        image_processor,
+        folder,
+        args.repo_id,
+        results=results if results.is_file() else None,
+        record=record if record.is_file() else None,
+        example=example,
+        license=args.license,
+    )
+
+
+def print_contents(folder: Path, args: Arguments):
+    visibility = "private" if args.private else "public, if it is new"
+    print(f"{args.repo_id} ({visibility}), branch {args.revision or 'main'}, from {folder}:")
+    for path in sorted(folder.rglob("*")):
+        print(f"{path.stat().st_size:>14,}  {path.relative_to(folder)}")
+
+
+def main(args: list[str] | None = None):
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args)
+    try:
+        check_repo_id(args.repo_id)
+        folder = export(args)
+        print_contents(folder, args)
+        if args.dry_run:
+            print("Nothing was uploaded.")
+        else:
+            commit = publish(folder, args.repo_id, private=args.private, revision=args.revision)
+            print(f"Published as {commit.commit_url}")
+    except ForeignResultsError as error:
+        sys.exit(f"{error}\nMeasure this model again with --do_eval, or move the file away.")
+    except (HubError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
