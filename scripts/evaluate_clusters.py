@@ -18,12 +18,12 @@ Are the clusters meaningful? Compares a model's clusters with the true segments 
         --dataset_name outputs/demo_detection/scenes_3000_300 [--released_model DIR] [--output_file clusters.json]
 
 The folder is in COCO's format with masks, such as digit scenes; its validation or test split is used. Each pixel of a
-picture takes its strongest cluster, and the partition is compared with the true segments (see `cluster_quality`) for
-each stage of
+picture takes its strongest cluster, and the partition is compared with the true segments (see `cluster_quality`), for
+each stage and, where there is one, for the decoder's last layer on the finest map that it clusters:
 
 - `ours`: the model's clusters, mean of the heads' scores; every head clusters for itself.
 - `ours, best head`: for each measure the head that is best on one half of the pictures, scored on the other half.
-- `k-means`: of the features that the stage's last block clusters, all heads' channels, into as many clusters.
+- `k-means`: of the same features, those that the stage's last block clusters, all channels, into as many clusters.
 - `SLIC`: superpixels of the picture (scikit-image), as many as the stage has clusters.
 - `released`, and its best head: the authors' released algorithm, from --released_model, which holds any model with a
   released ClusterFormer in it, or else with random weights in the sizes of --model.
@@ -32,8 +32,9 @@ each stage of
 """
 
 import json
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,17 @@ from sklearn.cluster import KMeans
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, HfArgumentParser
 
 import clusterformer_hf
-from clusterformer_hf import ClusterFormerBackbone, ClusterFormerConfig, ClusterFormerModel
+from clusterformer_hf import (
+    ClusterFormerBackbone,
+    ClusterFormerConfig,
+    ClusterFormerModel,
+    ClusterFormerPreTrainedModel,
+)
 from clusterformer_hf.data.coco import find_coco_splits
 from clusterformer_hf.data.coco_masks import InstanceData, read_coco_masks
 from clusterformer_hf.metrics.cluster_quality import MEASURES, cluster_quality
-from clusterformer_hf.visualization import cluster_map, stretch
+from clusterformer_hf.modeling_clusterformer import ClusterFormerEncoder
+from clusterformer_hf.visualization import stretch
 
 
 @dataclass
@@ -69,56 +76,76 @@ class Arguments:
 
 class StageReader:
     """
-    Runs an encoder and returns for each stage its clusters and the features that they were made of.
+    Runs a model and returns for each stage its clusters and the features that they were made of.
 
     Args:
-        encoder: Of any form, for pictures of any size that it takes.
+        model: Any ClusterFormer whose outputs have cluster assignments.
         image_processor: The one it was trained with.
     """
 
-    def __init__(self, encoder: ClusterFormerModel, image_processor: BaseImageProcessor):
-        self.encoder, self.image_processor, self.features = encoder.eval(), image_processor, {}
-        is_channels_last = encoder.config.clustering == "recurrent"
-        for number, stage in enumerate(encoder.encoder.stages, start=1):
-            stage.layers[-1].norm1.register_forward_hook(
-                lambda _, inputs, output, number=number: self.features.update(
-                    {number: output[0] if is_channels_last else output[0].permute(1, 2, 0)}
-                )
-            )
+    def __init__(self, model: ClusterFormerPreTrainedModel, image_processor: BaseImageProcessor):
+        self.model, self.image_processor, self.features = model.eval(), image_processor, {}
+        encoder = next(module for module in model.modules() if isinstance(module, ClusterFormerEncoder))
+        self.stages = list(map(str, range(1, len(encoder.stages) + 1)))
+        for name, stage in zip(self.stages, encoder.stages):
+            stage.layers[-1].norm1.register_forward_hook(partial(self._keep_output, name))
+        if hasattr(model, "decoder"):
+            self.stages.append("decoder")
+            model.decoder.layers[-1].clustering.register_forward_pre_hook(self._keep_pixels)
+
+    def _keep_output(self, name: str, module, args, output: torch.Tensor):
+        """The map (height, width, channels) that a block clusters; the released forms have their channels first."""
+        is_channels_last = self.model.config.clustering == "recurrent"
+        self.features[name] = output[0] if is_channels_last else output[0].permute(1, 2, 0)
+
+    def _keep_pixels(self, module, args):
+        """The pixels of all levels (1, N, channels), of which the finest level's come first."""
+        *_, features, _, geometry, _ = args
+        (height, width), *_ = geometry.map_sizes
+        self.features["decoder"] = features[0, : height * width].unflatten(0, (height, width))
 
     @torch.no_grad()
-    def __call__(self, picture) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    def __call__(self, picture) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
         """
-        Returns for each stage the labels of its map (heads, height, width), int64; the normed input of its last block
-        (height, width, channels); and its number of clusters, K.
+        Returns for each stage the labels of its map (heads, height, width), int64; what its last block, or the
+        decoder's last layer, clusters (height, width, channels); and its number of clusters, K.
         """
         inputs = self.image_processor(images=picture, return_tensors="pt")
         inputs = {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}
-        outputs = self.encoder(**inputs, output_cluster_assignments=True)
-        for number, assignments in enumerate(outputs.cluster_assignments, start=1):
-            labels = np.stack([cluster_map(outputs, number, head) for head in range(assignments.shape[1])])
-            real = labels[0] >= 0
-            height, width = int(real.any(axis=1).sum()), int(real.any(axis=0).sum())
-            yield labels[:, :height, :width], self.features[number][:height, :width].numpy(), assignments.shape[2]
+        outputs = self.model(**inputs, output_cluster_assignments=True)
+        maps = [*outputs.cluster_assignments]
+        if "decoder" in self.stages:
+            maps.append(outputs.decoder_cluster_assignments[-1][0])  # the finest level
+        found = {}
+        for name, assignments in zip(self.stages, maps, strict=True):
+            real = assignments[0, 0].sum(dim=0) > 0
+            height, width = int(real.any(dim=1).sum()), int(real.any(dim=0).sum())
+            labels = assignments[0, :, :, :height, :width].argmax(dim=1)
+            features = self.features[name][:height, :width]
+            found[name] = labels.numpy(), features.numpy(), assignments.shape[2]
+        return found
 
 
-def load_encoder(model: str) -> ClusterFormerModel:
+def load_model(folder: str) -> ClusterFormerPreTrainedModel:
     """
-    The encoder of a saved model: a ClusterFormer of any task, or a model of transformers with one as its backbone.
+    A saved ClusterFormer of any task, or the encoder of one that is the backbone of a model of transformers.
 
     Raises:
         `ValueError`: if there is no ClusterFormer in it.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(folder)
     names = config.architectures or ["no model"]
     model_class = getattr(clusterformer_hf, names[0], None) or getattr(transformers, names[0], None)
-    loaded = model_class.from_pretrained(model).modules() if model_class is not None else ()
-    found = next((part for part in loaded if isinstance(part, (ClusterFormerModel, ClusterFormerBackbone))), None)
-    if found is None:
-        raise ValueError(f"{model} holds {', '.join(names)}, and no ClusterFormer is in it.")
-    encoder = ClusterFormerModel(found.config, add_pooling_layer=False)
-    encoder.embeddings, encoder.encoder = found.embeddings, found.encoder
-    return encoder
+    loaded = None if model_class is None else model_class.from_pretrained(folder)
+    if isinstance(loaded, ClusterFormerPreTrainedModel) and not isinstance(loaded, ClusterFormerBackbone):
+        return loaded
+    modules = [] if loaded is None else loaded.modules()
+    backbone = next((module for module in modules if isinstance(module, ClusterFormerBackbone)), None)
+    if backbone is None:
+        raise ValueError(f"{folder} holds {', '.join(names)}, and no ClusterFormer is in it.")
+    model = ClusterFormerModel(backbone.config, add_pooling_layer=False)
+    model.embeddings, model.encoder = backbone.embeddings, backbone.encoder
+    return model
 
 
 def random_released(config: ClusterFormerConfig, seed: int) -> ClusterFormerModel:
@@ -151,19 +178,19 @@ def score(labels: np.ndarray, segments: np.ndarray) -> list[float]:
     return [*(quality[measure] for measure in MEASURES), len(np.unique(labels))]
 
 
-def score_pictures(data: InstanceData, ours: StageReader, released: StageReader, seed: int) -> list[dict]:
+def score_pictures(data: InstanceData, ours: StageReader, released: StageReader, seed: int) -> dict[str, dict]:
     """For each stage the scores of each kind of partition, (pictures, heads, measures and clusters in use)."""
-    scores = [{"ours": [], "k-means": [], "SLIC": [], "released": []} for _ in ours.encoder.encoder.stages]
+    scores = {name: defaultdict(list) for name in ours.stages}
     for row in range(len(data)):
         picture, segments = true_segments(data, row)
-        for stage, (labels, features, num_clusters) in zip(scores, ours(picture)):
+        for name, (labels, features, num_clusters) in ours(picture).items():
             superpixels = slic(np.asarray(picture), n_segments=num_clusters, start_label=0)
-            stage["ours"].append([score(head, segments) for head in labels])
-            stage["k-means"].append([score(kmeans_labels(features, num_clusters, seed), segments)])
-            stage["SLIC"].append([score(superpixels, segments)])
-        for stage, (labels, *_) in zip(scores, released(picture)):
-            stage["released"].append([score(head, segments) for head in labels])
-    return [{kind: np.array(values) for kind, values in stage.items()} for stage in scores]
+            scores[name]["ours"].append([score(head, segments) for head in labels])
+            scores[name]["k-means"].append([score(kmeans_labels(features, num_clusters, seed), segments)])
+            scores[name]["SLIC"].append([score(superpixels, segments)])
+        for name, (labels, *_) in released(picture).items():
+            scores[name]["released"].append([score(head, segments) for head in labels])
+    return {name: {kind: np.array(values) for kind, values in kinds.items()} for name, kinds in scores.items()}
 
 
 def summarise(scores: np.ndarray) -> tuple[dict, dict]:
@@ -180,24 +207,24 @@ def summarise(scores: np.ndarray) -> tuple[dict, dict]:
     return dict(zip(names, mean.tolist())), dict(zip(names, map(float, best)))
 
 
-def collect(scores: list[dict]) -> list[dict]:
+def collect(scores: dict[str, dict]) -> list[dict]:
     """A row for each stage and kind of partition."""
     rows = []
-    for number, stage in enumerate(scores, start=1):
-        for kind, values in stage.items():
+    for name, kinds in scores.items():
+        for kind, values in kinds.items():
             mean, best = summarise(values)
-            rows.append({"stage": number, "clusters": kind, **mean})
+            rows.append({"stage": name, "clusters": kind, **mean})
             if kind in ("ours", "released"):
-                rows.append({"stage": number, "clusters": f"{kind}, best head", **best, "used": mean["used"]})
+                rows.append({"stage": name, "clusters": f"{kind}, best head", **best, "used": mean["used"]})
     return rows
 
 
 def print_table(rows: list[dict]):
     titles = ["ARI", "purity", "overlap", "used"]
-    print(f"\n{'stage':5}  {'clusters':19}" + "".join(f"{title:>9}" for title in titles))
+    print(f"\n{'stage':7}  {'clusters':19}" + "".join(f"{title:>9}" for title in titles))
     for row in rows:
         numbers = "".join(f"{row[measure]:9.3f}" for measure in MEASURES)
-        print(f"{row['stage']:5}  {row['clusters']:19}{numbers}{row['used']:9.1f}")
+        print(f"{row['stage']:7}  {row['clusters']:19}{numbers}{row['used']:9.1f}")
 
 
 def print_best(rows: list[dict]):
@@ -221,13 +248,13 @@ def main(args: list[str] | None = None):
         raise ValueError(f"{annotations} names {len(data)} pictures; at least 2 are needed.")
     data = data.select(range(min(args.max_samples, len(data))))
     image_processor = AutoImageProcessor.from_pretrained(args.model)
-    ours = StageReader(load_encoder(args.model), image_processor)
+    ours = StageReader(load_model(args.model), image_processor)
     if args.released_model is None:
-        released = StageReader(random_released(ours.encoder.config, args.seed), image_processor)
+        released = StageReader(random_released(ours.model.config, args.seed), image_processor)
         origin = "with random weights"
     else:
         released_processor = AutoImageProcessor.from_pretrained(args.released_model)
-        released = StageReader(load_encoder(args.released_model), released_processor)
+        released = StageReader(load_model(args.released_model), released_processor)
         origin = f"from {args.released_model}"
     print(f"{len(data)} pictures of {annotations}\nours: {args.model}\nreleased: {origin}")
 

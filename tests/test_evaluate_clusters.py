@@ -33,7 +33,7 @@ from clusterformer_hf.data.coco_masks import read_coco_masks
 from clusterformer_hf.data.digit_scenes import write_digit_scenes
 from clusterformer_hf.metrics.cluster_quality import MEASURES, cluster_quality
 from clusterformer_hf.visualization import cluster_map, stretch
-from scripts.evaluate_clusters import load_encoder, main, summarise, true_segments
+from scripts.evaluate_clusters import load_model, main, summarise, true_segments
 
 
 NANO = {
@@ -140,28 +140,34 @@ def test_table_on_digit_scenes(scenes, detector, released, tmp_path, capsys):
     printed, written = capsys.readouterr().out, json.loads(output.read_text())
     assert f"released: from {released}" in printed and written["pictures"] == 3
     kinds = ["ours", "ours, best head", "k-means", "SLIC", "released", "released, best head"]
-    assert [(row["stage"], row["clusters"]) for row in written["rows"]] == [(n, k) for n in range(1, 5) for k in kinds]
+    expected = [(stage, kind) for stage in ("1", "2", "3", "4") for kind in kinds]
+    expected += [("decoder", kind) for kind in kinds[:4]]
+    assert [(row["stage"], row["clusters"]) for row in written["rows"]] == expected
     for row in written["rows"]:
         assert all(-0.5 <= row[measure] <= 1 for measure in MEASURES) and 1 <= row["used"] <= 9
-        line = f"{row['stage']:5}  {row['clusters']:19}" + "".join(f"{row[measure]:9.3f}" for measure in MEASURES)
+        line = f"{row['stage']:7}  {row['clusters']:19}" + "".join(f"{row[measure]:9.3f}" for measure in MEASURES)
         assert line in printed
 
     # The numbers of a stage, from the model and the masks themselves.
     data, _ = read_coco_masks(scenes / "test", scenes / "annotations" / "instances_test.json")
-    model, ours, superpixels = ClusterFormerForObjectDetection.from_pretrained(detector).eval(), [], []
+    model, ours, superpixels, decoder = ClusterFormerForObjectDetection.from_pretrained(detector).eval(), [], [], []
     for row in range(3):
         picture, segments = true_segments(data, row)
         with torch.no_grad():
             outputs = model(**PROCESSOR(picture, return_tensors="pt"), output_cluster_assignments=True)
         maps = [stretch(cluster_map(outputs, 2, head), (96, 96)) for head in range(2)]
         ours += [list(cluster_quality(labels, segments).values()) for labels in maps]
+        finest = [weights.argmax(dim=0).numpy() for weights in outputs.decoder_cluster_assignments[-1][0][0]]
+        decoder += [list(cluster_quality(stretch(labels, (96, 96)), segments).values()) for labels in finest]
         labels = slic(np.asarray(picture), n_segments=9, start_label=0)
         superpixels.append(list(cluster_quality(labels, segments).values()))
-    rows = {row["clusters"]: [row[measure] for measure in MEASURES] for row in written["rows"] if row["stage"] == 2}
+    rows = {row["clusters"]: [row[measure] for measure in MEASURES] for row in written["rows"] if row["stage"] == "2"}
     assert rows["ours"] == pytest.approx(np.mean(ours, axis=0).tolist())
     assert rows["SLIC"] == pytest.approx(np.mean(superpixels, axis=0).tolist())
+    (row,) = (row for row in written["rows"] if (row["stage"], row["clusters"]) == ("decoder", "ours"))
+    assert [row[measure] for measure in MEASURES] == pytest.approx(np.mean(decoder, axis=0).tolist())
     kmeans = {tuple(row[m] for m in MEASURES) for row in written["rows"] if row["clusters"] == "k-means"}
-    assert len(kmeans) == 4  # of each stage's own features
+    assert len(kmeans) == 5  # of each stage's own features
 
 
 def test_random_released_weights_and_fewer_pictures(scenes, detector, tmp_path, capsys):
@@ -189,6 +195,6 @@ def test_bad_input(detector, scenes, tmp_path):
         tmp_path
     )
     with pytest.raises(ValueError, match="holds ViTModel, and no ClusterFormer is in it"):
-        load_encoder(str(tmp_path))
+        load_model(str(tmp_path))
     with pytest.raises(ValueError, match="--max_samples must be at least 2, to choose heads and to score, got 1"):
         main([f"--model={detector}", f"--dataset_name={scenes}", "--max_samples=1"])
