@@ -29,6 +29,12 @@ demo-segmentation: $(INSTALLED) ## train a small panoptic model on digit scenes 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -q tests
 
+test-slurm: $(INSTALLED) ## run jobs on a real Slurm, which it starts and stops; needs root
+	$(BIN)/python -m pytest -q -n 0 tests/slurm/jobs.py
+
+test-interruptions: $(INSTALLED) ## kill a training twenty times at random moments
+	NUM_KILLS=20 $(BIN)/python -m pytest -q -n 0 tests/test_interruptions.py
+
 style: $(INSTALLED) ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
