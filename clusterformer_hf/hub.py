@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageDraw
 from transformers import BaseImageProcessor, PreTrainedModel
@@ -192,15 +192,17 @@ def explained_errors(repo_id: str) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled as error:
-        raise HubError(f"Nothing was uploaded: HF_HUB_OFFLINE is set. {error}") from error
+        raise HubError("Nothing was uploaded: HF_HUB_OFFLINE is set.") from error
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
         reason = {
             401: "the Hub does not know the token. Make a new one and log in with `hf auth login`.",
             403: f"the token may not write to {repo_id}. It needs write access, and its user must own the repository "
             "or be in its organisation.",
             404: "there is no such repository or branch, or the token may not see it.",
-        }.get(status, str(error))
-        raise HubError(f"{repo_id} was not changed: {reason}") from error
-    except (OSError, RuntimeError) as error:
-        raise HubError(f"{repo_id} was not changed, the upload broke off: {error.__cause__ or error}") from error
+        }.get(error.response.status_code, str(error))
+        raise HubError(f"Nothing was uploaded to {repo_id}: {reason}") from error
+    except (HTTPError, OSError, RuntimeError) as error:  # HTTPError: no answer at all
+        raise HubError(
+            f"The upload to {repo_id} broke off: {error.__cause__ or error}\n"
+            "The repository has all of the new files or none of them."
+        ) from error

@@ -1,0 +1,471 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Repositories for the Hub: what is in them, that they load alone, their upload, and their cards."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    DeformableDetrImageProcessor,
+    Mask2FormerImageProcessor,
+    SegformerImageProcessor,
+    ViTImageProcessor,
+)
+from transformers.pipelines import SUPPORTED_TASKS
+
+from clusterformer_hf import (
+    ClusterFormerConfig,
+    ClusterFormerForImageClassification,
+    ClusterFormerForObjectDetection,
+    ClusterFormerForSemanticSegmentation,
+    ClusterFormerForUniversalSegmentation,
+    ClusterFormerModel,
+)
+from clusterformer_hf.hub import export_repository
+from clusterformer_hf.model_card import TrainingRecord
+from clusterformer_hf.provenance import ForeignResultsError, fingerprint, provenance
+from scripts.push_to_hub import main
+from tests.local_hub import LocalHub
+
+
+NANO = {
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [16, 16, 32, 32],
+    "num_attention_heads": [1, 1, 2, 2],
+    "center_grid": [2, 2, 2, 2],
+    "image_size": 64,
+    "decoder_hidden_size": 16,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 32,
+    "train_num_points": 64,
+    "id2label": {0: "cat", 1: "dog | <script>"},
+    "label2id": {"cat": 0, "dog | <script>": 1},
+}
+SIZE = {"height": 64, "width": 64}
+KINDS = {
+    "backbone": (ClusterFormerModel, ViTImageProcessor),
+    "classifier": (ClusterFormerForImageClassification, ViTImageProcessor),
+    "detector": (ClusterFormerForObjectDetection, DeformableDetrImageProcessor),
+    "semantic": (ClusterFormerForSemanticSegmentation, SegformerImageProcessor),
+    "universal": (ClusterFormerForUniversalSegmentation, Mask2FormerImageProcessor),
+}
+METRICS = {
+    "backbone": {},
+    "classifier": {"eval_accuracy": 0.75, "eval_top5_accuracy": 1.0},
+    "detector": {"eval_AP": 0.25, "eval_AP50": 0.5, "eval_APl": -1.0, "eval_AP_dog | <script>": 0.125},
+    "semantic": {"eval_mIoU": 0.625},
+    "universal": {"eval_PQ": 0.375, "eval_AP": 0.25, "eval_mIoU": 0.625},
+}
+TASKS = {
+    "backbone": "image-feature-extraction",
+    "classifier": "image-classification",
+    "detector": "object-detection",
+    "semantic": "image-segmentation",
+    "universal": "image-segmentation",
+}
+AUTO_CLASSES = {
+    "backbone": ["AutoModel"],
+    "classifier": ["AutoModelForImageClassification"],
+    "detector": ["AutoModelForObjectDetection"],
+    "semantic": ["AutoModelForSemanticSegmentation", "AutoModelForImageSegmentation"],
+    "universal": [
+        "AutoModelForUniversalSegmentation",
+        "AutoModelForInstanceSegmentation",
+        "AutoModelForImageSegmentation",
+    ],
+}
+MODELLING_FILES = {
+    f"{part}_clusterformer.py" for part in ("configuration", "clustering", "decoder", "loss", "modeling")
+}
+TOKEN, STRANGER = "hf_" + "a" * 34, "hf_" + "b" * 34
+
+
+def build(kind: str) -> ClusterFormerModel:
+    torch.manual_seed(0)
+    return KINDS[kind][0](ClusterFormerConfig(**NANO)).eval()
+
+
+def save_run(kind: str, folder: Path):
+    """What a training script leaves: the model, its image processor, results and the record of the training."""
+    model = build(kind)
+    model.save_pretrained(folder)
+    KINDS[kind][1](size=SIZE).save_pretrained(folder)
+    results = METRICS[kind] | {"eval_loss": 1.5, "eval_runtime": 2.0, "eval_samples": 8, "epoch": 3.0}
+    results["provenance"] = provenance(model, "someone/pictures")
+    (folder / "eval_results.json").write_text(json.dumps(results))
+    course = [{"Training Loss": 2.0, "Epoch": 1.0, "Step": 4, "Validation Loss": 1.75}]
+    record = TrainingRecord("Trained for a test.", "It knows two classes.", "Eight pictures.", course=course)
+    record.datasets, record.hyperparameters = ["someone/pictures"], {"learning_rate": 0.001}
+    record.save(folder / "training_record.json", model)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    folders = {kind: tmp_path_factory.mktemp(f"run_{kind}") for kind in KINDS}
+    for kind, folder in folders.items():
+        save_run(kind, folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory) -> dict[str, Path]:
+    """Repositories as the script writes them, in folders of their own names."""
+    folder = tmp_path_factory.mktemp("exported")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for kind, run in runs.items():
+            main([f"--model={run}", f"--repo-id=me/{kind}", "--dry-run"])
+    finally:
+        os.chdir(before)
+    return {kind: folder / "outputs" / "hub" / "me" / kind for kind in KINDS}
+
+
+# Loading alone
+
+
+BLOCKED = """
+import sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None  # cannot be imported, as where it is not installed
+"""
+# Transformers, PyTorch, torchvision and pillow are left, and what Trainer and the matcher of detectors need themselves.
+NOT_NEEDED = (
+    "clusterformer_hf,datasets,evaluate,pycocotools,faster_coco_eval,hotcoco,torchmetrics,mlxtend,skimage,imgviz"
+)
+
+LOAD_ALONE = """
+import json, torch, transformers
+from pathlib import Path
+from PIL import Image
+from transformers import AutoImageProcessor, Trainer, TrainingArguments, pipeline
+
+folder, out, task, auto_classes = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5].split(",")
+pixel_values = torch.load(out / "pixel_values.pt")
+
+def tensors(model):
+    with torch.no_grad():
+        return {name: value for name, value in model.eval()(pixel_values).items() if isinstance(value, torch.Tensor)}
+
+for name in auto_classes:
+    model = getattr(transformers, name).from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0], name
+    assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+    found = tensors(model)
+    torch.save(found, out / f"{name}.pt")
+
+run = pipeline(task, model=str(folder), trust_remote_code=True)
+assert type(run.model).__name__ == type(model).__name__
+if task == "image-feature-extraction":
+    answer = run(Image.open(folder / "example.png"), return_tensors=True)
+    assert answer.shape == (1, 32, 2, 2), answer.shape
+else:
+    options = {} if task == "image-classification" else {"threshold": 0.0}
+    answer = run(Image.open(folder / "example.png"), **options)
+    assert {row["label"] for row in answer} <= set(model.config.label2id), answer
+    assert len(answer) > 0 or type(model).__name__.endswith("UniversalSegmentation")
+
+boxes = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}
+masks = {"class_labels": torch.tensor([1]), "masks": torch.ones(1, 64, 64)}
+label = {"AutoModel": torch.tensor(1.0), "AutoModelForImageClassification": torch.tensor(1),
+         "AutoModelForObjectDetection": boxes, "AutoModelForSemanticSegmentation": torch.ones(64, 64, dtype=torch.long),
+         "AutoModelForUniversalSegmentation": masks}[auto_classes[0]]
+
+def collate(rows):
+    labels = [row["labels"] for row in rows]
+    labels = torch.stack(labels) if isinstance(label, torch.Tensor) else labels
+    return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
+
+def feature_loss(outputs, labels, num_items_in_batch=None):
+    return (outputs.pooler_output.mean(-1) - labels).square().mean()
+
+settings = TrainingArguments(str(out / "trainer"), max_steps=2, report_to="none", save_strategy="no", disable_tqdm=True,
+                             remove_unused_columns=False, use_cpu=True)
+trainer = Trainer(model, settings, train_dataset=[{"pixel_values": pixels, "labels": label} for pixels in pixel_values],
+                  data_collator=collate, compute_loss_func=feature_loss if task == "image-feature-extraction" else None)
+trainer.train()
+trained = tensors(model)
+assert any(not torch.equal(trained[name], found[name]) for name in found)
+again = out / f"{folder.name}_again"
+model.save_pretrained(again)
+AutoImageProcessor.from_pretrained(folder).save_pretrained(again)
+assert {path.name for path in again.glob("*.py")} == {path.name for path in folder.glob("*.py")}
+for name in auto_classes:
+    loaded = getattr(transformers, name).from_pretrained(again, trust_remote_code=True)
+    assert f".{again.name}" in type(loaded).__module__, type(loaded).__module__
+    assert all(torch.equal(value, trained[key]) for key, value in tensors(loaded).items())
+assert type(pipeline(task, model=str(again), trust_remote_code=True).model) is type(loaded)
+assert not [path for path in out.rglob("*.bin") if path.name.startswith("pytorch_model")]
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folder_loads_alone(kind, exported, tmp_path):
+    """In a fresh process, with an empty module cache and without this package and the other packages that it uses."""
+    pixel_values = torch.randn(2, 3, 64, 64)
+    torch.save(pixel_values, tmp_path / "pixel_values.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    arguments = [NOT_NEEDED, str(exported[kind]), str(tmp_path), TASKS[kind], ",".join(AUTO_CLASSES[kind])]
+    result = subprocess.run(
+        [sys.executable, "-c", BLOCKED + LOAD_ALONE, *arguments],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "newly initialized" not in result.stderr
+    with torch.no_grad():
+        expected = build(kind)(pixel_values)
+    for name in AUTO_CLASSES[kind]:
+        found = torch.load(tmp_path / f"{name}.pt")
+        assert len(found) > 0 and all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+# What is in a repository
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files(kind, exported):
+    names = {path.name for path in exported[kind].iterdir()}
+    data = {"README.md", "config.json", "eval_results.json", "example.png", "model.safetensors"}
+    assert names == data | {"preprocessor_config.json"} | MODELLING_FILES
+    auto_map = json.loads((exported[kind] / "config.json").read_text())["auto_map"]
+    assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoBackbone", *AUTO_CLASSES[kind]}
+    for reference in auto_map.values():
+        module, class_name = reference.split(".")
+        assert f"class {class_name}(" in (exported[kind] / f"{module}.py").read_text()
+    assert Image.open(exported[kind] / "example.png").size == (64, 64)
+
+
+def test_shards_and_model_are_as_they_were(tmp_path):
+    model = build("classifier")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    folder = export_repository(model, ViTImageProcessor(size=SIZE), tmp_path / "out", "me/it", max_shard_size="50KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(shards) > 1 and set(index["weight_map"].values()) == {shard.name for shard in shards}
+    saved = {name: weight for shard in shards for name, weight in load_file(shard).items()}
+    assert saved.keys() == before.keys() and all(torch.equal(saved[name], before[name]) for name in before)
+    loaded = ClusterFormerForImageClassification.from_pretrained(folder)
+    assert fingerprint(loaded) == fingerprint(model)
+
+
+def test_small_and_tiny_are_named(tmp_path):
+    for name in ("tiny", "small"):
+        config = getattr(ClusterFormerConfig, name)()
+        with torch.device("meta"):
+            model = ClusterFormerForImageClassification(config)
+        card = clusterformer_card(model)
+        assert f"ClusterFormer-{name.capitalize()}, clustering `recurrent`" in card.text
+    assert "ClusterFormer-" not in clusterformer_card(build("classifier")).text
+
+
+def clusterformer_card(model) -> ModelCard:
+    from clusterformer_hf.model_card import render_model_card
+
+    return render_model_card(model, "me/it")
+
+
+def test_what_is_not_exported(runs, tmp_path):
+    model, processor = build("classifier"), ViTImageProcessor(size=SIZE)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "old.py").touch()
+    with pytest.raises(FileExistsError, match="full is not an empty folder"):
+        export_repository(model, processor, tmp_path / "full", "me/it")
+    for repo_id in ("it", "me/it/more", "me/--it", "me/it?"):
+        with pytest.raises(ValueError, match="is no name of a repository"):
+            export_repository(model, processor, tmp_path / "out", repo_id)
+    with pytest.raises(ValueError, match="torch.*Linear is no model of this package"):
+        export_repository(torch.nn.Linear(1, 1), processor, tmp_path / "out", "me/it")
+    assert not (tmp_path / "out").exists()
+
+
+# Numbers
+
+
+def test_numbers_need_a_results_file(runs, tmp_path):
+    card = ModelCard(export(tmp_path / "without", "classifier"))
+    assert card.data.eval_results is None and "No evaluation of this checkpoint is recorded." in card.text
+    assert "|" not in card.text.split("## Results")[1].split("## Limits")[0]
+
+
+def export(folder: Path, kind: str, **files) -> str:
+    export_repository(build(kind), KINDS[kind][1](size=SIZE), folder, "me/it", **files)
+    return (folder / "README.md").read_text()
+
+
+def test_results_of_other_weights_are_refused(runs, tmp_path):
+    model = build("classifier")
+    with torch.no_grad():
+        model.classifier.bias[0] += 1e-6
+    files = {"results": "eval_results.json", "record": "training_record.json"}
+    for argument, name in files.items():
+        with pytest.raises(ForeignResultsError, match=f"{name} is of other weights"):
+            path = runs["classifier"] / name
+            export_repository(model, ViTImageProcessor(), tmp_path / "out", "me/it", **{argument: path})
+    (tmp_path / "eval_results.json").write_text('{"eval_accuracy": 0.99}')
+    with pytest.raises(ForeignResultsError, match="does not say which weights it is of"):
+        export(tmp_path / "out", "classifier", results=tmp_path / "eval_results.json")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_card(kind, exported):
+    card = ModelCard.load(exported[kind] / "README.md", ignore_metadata_errors=False)
+    data = card.data
+    assert data.pipeline_tag == TASKS[kind] and data.pipeline_tag in SUPPORTED_TASKS
+    assert data.library_name == "transformers" and data.license == "apache-2.0"
+    assert data.datasets == ["someone/pictures"]
+    numbers = {result.metric_name: result.metric_value for result in data.eval_results or []}
+    shown = {name: value for name, value in METRICS[kind].items() if value != -1 and "dog" not in name}
+    assert numbers == {name.removeprefix("eval_"): value for name, value in shown.items()}
+    assert {result.dataset_type for result in data.eval_results or []} <= {"someone/pictures"}
+    for text in ("Trained for a test.", "It knows two classes.", "Eight pictures.", "learning_rate: 0.001", "1.75"):
+        assert text in card.text
+    results = card.text.split("## Results")[1].split("## Limits")[0]
+    assert "On 8 pictures of `someone/pictures`" in results and torch.__version__ in results
+    assert provenance(build(kind), None)["command"] in results
+    table = [line for line in results.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1  # as many cells in each row
+    assert "APl" not in results and "{" not in results + card.text.split("## Limits")[1].split("## Citation")[0]
+    # Saved and read again it is the same, as for huggingface_hub's own checks.
+    assert ModelCard(str(card)).data.to_dict() == data.to_dict()
+
+
+# Pickles
+
+
+class Trap:
+    def __reduce__(self):
+        return (Path.touch, (Path(os.environ["TRAP"]),))
+
+
+def test_pickles_are_neither_read_nor_written(runs, exported, tmp_path, monkeypatch):
+    import pickle
+    import shutil
+
+    monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
+    pickle.loads(pickle.dumps(Trap()))
+    assert (tmp_path / "sprung").exists()  # it works
+    (tmp_path / "sprung").unlink()
+
+    folder = tmp_path / "model"
+    shutil.copytree(runs["classifier"], folder)
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pkl"):
+        (folder / name).write_bytes(pickle.dumps(Trap()))
+    monkeypatch.chdir(tmp_path)
+    main([f"--model={folder}", "--repo-id=me/it", "--dry-run"])
+    written = {path.name for path in (tmp_path / "outputs" / "hub" / "me" / "it").iterdir()}
+    assert written == {path.name for path in exported["classifier"].iterdir()}
+    ClusterFormerForImageClassification.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match="has no weights as safetensors"):
+        main([f"--model={folder}", "--repo-id=me/it", "--dry-run"])
+    assert not (tmp_path / "sprung").exists()
+
+
+# Publishing
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on this machine, which huggingface_hub's client in this process uses."""
+    with LocalHub({TOKEN: ["me"], STRANGER: ["stranger"]}).running() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.chdir(tmp_path)
+        yield hub
+    huggingface_hub.close_session()
+
+
+def environment_for(hub: LocalHub, home: Path) -> dict[str, str]:
+    """Of a process whose client uses the Hub on this machine and keeps nothing of this one's."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+    settings |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    return own | settings
+
+
+RUN_CARDS = """
+import contextlib, io, json, re
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import AutoConfig, AutoModel
+
+for repo, revision in json.loads(sys.argv[2]).items():
+    card = open(hf_hub_download(repo, "README.md"), encoding="utf-8").read()
+    blocks = re.findall(r"```python\\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block, repo, "exec"), {})
+        print(repo, repr(printed.getvalue()[:300]))
+    # An earlier commit, whose weights are others.
+    name = AutoConfig.from_pretrained(repo, trust_remote_code=True).architectures[0]
+    new, pinned = (
+        AutoModel.from_pretrained(repo, trust_remote_code=True, code_revision=code, revision=code)
+        for code in ("main", revision)
+    )
+    weights, others = new.state_dict(), pinned.state_dict()
+    name = next(iter(weights))
+    assert torch.equal(weights[name], others[name] + 1), name
+"""
+
+
+def test_publish_and_load_from_the_hub(hub, runs, exported, tmp_path, capsys):
+    """Each kind twice, the second with other weights; the code of the cards runs as it is printed."""
+    pinned = {}
+    for kind, run in runs.items():
+        main([f"--model={run}", f"--repo-id=me/{kind}"])
+        repository = hub.repositories[f"me/{kind}"]
+        pinned[f"me/{kind}"] = repository.branches["main"]
+        assert len(repository.commits) == 2  # the empty repository, and everything at once
+        files = {path.name: path.read_bytes() for path in exported[kind].iterdir()}
+        published = dict(repository.commits[repository.branches["main"]])
+        del published[".gitattributes"]
+        assert published == files
+        model = build(kind)
+        with torch.no_grad():
+            next(iter(model.parameters())).add_(1)
+        model.save_pretrained(tmp_path / kind)
+        KINDS[kind][1](size=SIZE).save_pretrained(tmp_path / kind)
+        main([f"--model={tmp_path / kind}", f"--repo-id=me/{kind}"])
+        assert f"Published as {hub.url}/me/{kind}/commit/{repository.branches['main']}" in capsys.readouterr().out
+    result = subprocess.run(
+        [sys.executable, "-c", BLOCKED + RUN_CARDS, NOT_NEEDED, json.dumps(pinned)],
+        env=environment_for(hub, tmp_path / "home"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    for kind, expected in {"backbone": "torch.Size([1, 32, 2, 2])", "classifier": "% cat"}.items():
+        assert expected in result.stdout, f"{kind}: {result.stdout}"
+    assert result.stdout.count("(1, 2, 4, 2, 2)") == len(KINDS)  # the clusters of the last stage
