@@ -19,8 +19,9 @@ after a killed run, model cards; and the steps that the training scripts share.
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from .loss_clusterformer import accumulated
 from .model_card import RECORD_NAME, TrainingRecord, render_model_card
 from .modeling_clusterformer import ClusterFormerPreTrainedModel
 from .provenance import PROVENANCE, ForeignResultsError, provenance, read_for
+from .training_log import CURVES_NAME, TrainingLog, clustering_health, draw_curves
 
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,11 @@ TRAINING_WEIGHTS_NAME = "training_weights.pt"
 
 @dataclass
 class ClusterFormerTrainingArguments(TrainingArguments):
-    """[`TrainingArguments`] and what [`ClusterFormerTrainer`] knows beside them."""
+    """[`TrainingArguments`] and what [`ClusterFormerTrainer`] knows beside them. Logs go to TensorBoard."""
+
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "Where logs go: tensorboard, none, all, or other integrations."}
+    )
 
     backbone_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the backbone; --learning_rate is then that of the rest."}
@@ -119,6 +125,7 @@ class ClusterFormerTrainer(Trainer):
         self.add_callback(self.interruption)
         self.average: AveragedModel | None = None
         self._step_labels: list[torch.Tensor] = []
+        self.training_log = TrainingLog()
 
     def train(self, *args, **kwargs):
         with self.interruption.listening():
@@ -203,7 +210,10 @@ class ClusterFormerTrainer(Trainer):
         return loss
 
     def get_batch_samples(self, *args, **kwargs):
+        begin = time.perf_counter()
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        size = sum(len(batch["pixel_values"]) for batch in batches)
+        self.training_log.add_step(size * self.args.world_size, time.perf_counter() - begin)
         self._step_labels = [classes for batch in batches for classes in self._class_labels(batch)]
         return batches, num_items_in_batch
 
@@ -219,13 +229,33 @@ class ClusterFormerTrainer(Trainer):
         return [label["class_labels"] for label in labels]
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        if not self._step_labels or not model.training:
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        with accumulated(self._step_labels):
-            result = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        # Trainer takes the mean over the batches of a step of losses that are shares of their sum.
-        loss = result[0] * self.current_gradient_accumulation_steps
-        return (loss, result[1]) if return_outputs else loss
+        self.training_log.watch(inputs)
+        shared = accumulated(self._step_labels) if self._step_labels else nullcontext()
+        with shared:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        num_batches = self.current_gradient_accumulation_steps
+        self.training_log.add_loss(outputs, 1 if self._step_labels else 1 / num_batches)
+        if self._step_labels:
+            # Trainer takes the mean over the batches of a step of losses that are shares of their sum.
+            loss = loss * num_batches
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs:
+            logs |= self._training_numbers(logs["learning_rate"])
+        super().log(logs, start_time)
+
+    def _training_numbers(self, learning_rate: float) -> dict[str, float]:
+        numbers = self.training_log.summary(self.args.device)
+        if getattr(self.args, "backbone_learning_rate", None) is not None:
+            share = self.args.backbone_learning_rate / self.args.learning_rate  # at every step of a schedule
+            numbers["learning_rate_backbone"] = share * learning_rate
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, ClusterFormerPreTrainedModel) and model.config.clustering == "recurrent":
+            numbers |= clustering_health(self.model, self.training_log.watched)
+        return numbers
 
     def evaluation_loop(self, *args, **kwargs):
         # A data loader draws a seed. A run resumed behind an evaluation would miss that draw.
@@ -462,13 +492,17 @@ def write_card(
     trainer: ClusterFormerTrainer, task: str, source: str, dataset_tags: str | None, settings: dict, **paragraphs
 ):
     """
-    Writes the model card of a training, and pushes it with the model where that is asked for.
+    Writes the model card of a training with a picture of its course, and pushes both with the model where that is asked
+    for.
 
     Args:
         source: The data: a path, or a name on the Hub.
         dataset_tags: The kind of a folder of data, if it has a name on the Hub.
         settings, paragraphs: See [`ClusterFormerTrainer.create_model_card`].
     """
+    if trainer.is_world_process_zero():
+        draw_curves(trainer.state.log_history, Path(trainer.args.output_dir, CURVES_NAME))
+    paragraphs["data"] += f"\n\n![Course of the training]({CURVES_NAME})"
     is_local = Path(source).exists()
     card = {
         "tasks": task,
