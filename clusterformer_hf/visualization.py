@@ -60,17 +60,20 @@ def draw_clusters(
     Lays a stage's clusters over the image, each in its own colour, with a line where clusters meet.
 
     Args:
-        image (`PIL.Image.Image`): The picture that the pixels came from, of any size; the map is stretched over it.
+        image (`PIL.Image.Image`):
+            The picture that the pixels came from, of any size: the map, without padding, is stretched over it.
         outputs, stage, head, index: See [`cluster_map`].
         opacity (`float`): Of the colours, in [0, 1].
 
     Returns:
         `PIL.Image.Image` in RGB of the image's size.
     """
-    labels = stretch(cluster_map(outputs, stage, head, index), (image.height, image.width))
+    labels = cluster_map(outputs, stage, head, index)
+    height, width = _real_size(outputs.cluster_assignments[stage - 1][index, head])
+    labels = stretch(labels[:height, :width], (image.height, image.width))
+
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     drawn = (1 - opacity) * pixels + opacity * palette(labels.max() + 1)[labels]
-    drawn[labels < 0] = pixels[labels < 0]
     drawn[borders(labels)] = 255
     return Image.fromarray(drawn.round().astype(np.uint8))
 
@@ -93,6 +96,31 @@ def borders(labels: np.ndarray) -> np.ndarray:
     different[1:] |= labels[1:] != labels[:-1]
     different[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     return different
+
+
+def draw_center_paths(image: Image.Image, places: np.ndarray, head: int = 0) -> Image.Image:
+    """
+    Draws over the image where the centres of a clustering moved: a line from the cell that each started at, and a dot
+    where it ended, in the colour of its cluster.
+
+    Args:
+        image (`PIL.Image.Image`): The picture that the pixels came from, of any size.
+        places (`np.ndarray` or `torch.Tensor` of shape `(T + 1, heads, K, 2)`):
+            Row and column in [0, 1] after each iteration, see [`StageIterations`]; centres with `nan` are left out.
+        head (`int`): Every head clusters for itself.
+
+    Returns:
+        `PIL.Image.Image` in RGB of the image's size.
+    """
+    image, unit = image.convert("RGB"), max(1, round(max(image.size) / 320))
+    draw, colors = ImageDraw.Draw(image), palette(len(places[0][head])).round().astype(int)
+    points = np.asarray(places, float)[:, head, :, ::-1] * image.size
+    for number, color in enumerate(map(tuple, colors.tolist())):
+        path = [tuple(point) for point in points[:, number].tolist()]
+        if not np.isnan(path).any():
+            draw.line(path, fill="white", width=unit)
+            draw.circle(path[-1], 2 * unit, fill=color, outline="white")
+    return image
 
 
 def draw_stages(images: list[Image.Image], outputs: ModelOutput, side: int = 192, head: int = 0) -> Image.Image:
@@ -179,12 +207,56 @@ def box_assignment(outputs: ModelOutput, index: int, query: int, layer: int = -1
 
     levels = []
     for weights in layers[layer]:
-        real = weights[index, 0].sum(dim=0) > 0
-        height, width = int(real.any(dim=1).sum()), int(real.any(dim=0).sum())
+        height, width = _real_size(weights[index, 0])
         levels.append(weights[index, :, query, :height, :width].double().mean(dim=0).cpu().numpy())
     counts = [level.size / levels[0].size for level in levels]
     spread = (count * spread_over(level, levels[0].shape) for count, level in zip(counts, levels))
     return (sum(spread) / sum(counts)).clip(0, 1)
+
+
+def _real_size(assignments: torch.Tensor) -> tuple[int, int]:
+    """Height and width of the real area of assignments (K, height, width), which are 0 at padding."""
+    real = assignments.sum(dim=0) > 0
+    return int(real.any(dim=1).sum()), int(real.any(dim=0).sum())
+
+
+def segment_queries(
+    outputs: ModelOutput, masks: np.ndarray, labels: list[int], subtask: str, index: int = 0
+) -> list[int]:
+    """
+    Which centre each segment came from, or most of it where it came from several.
+
+    Args:
+        outputs (`ModelOutput`):
+            Of [`ClusterFormerForUniversalSegmentation`] called with `output_cluster_assignments=True`.
+        masks (`np.ndarray` of shape `(n, height, width)`): Bool, of any size, over the image's real area.
+        labels (`list[int]`): The class of each.
+        subtask (`str`):
+            How the segments were read. An `"instance"` is the whole mask of a centre: the one that it overlaps best, by
+            intersection over union. `"panoptic"` and `"semantic"` segments share out the pixels by the product of mask
+            and probability of the class, so its sum over the segment counts, for `"panoptic"` among the centres of the
+            segment's class.
+        index (`int`): Which image of the batch.
+
+    Returns:
+        `list[int]`: the centres, in [0, K).
+    """
+    logits = outputs.masks_queries_logits[index]
+    height, width = _real_size(outputs.cluster_assignments[0][index, 0])  # the first stage's pixels are the masks'
+    soft = logits[:, :height, :width].float().sigmoid().cpu()
+    scores = outputs.class_queries_logits[index].float().softmax(dim=-1).cpu()
+    if subtask == "panoptic":
+        scores = scores * (scores == scores.amax(dim=-1, keepdim=True))
+    queries = []
+    for mask, label in zip(masks, labels, strict=True):
+        inside = torch.from_numpy(spread_over(np.asarray(mask, float), (height, width))).float()
+        if subtask == "instance":
+            own, inside = soft > 0.5, inside > 0.5
+            fit = (own & inside).sum(dim=(1, 2)) / (own | inside).sum(dim=(1, 2)).clamp_min(1)
+        else:
+            fit = scores[:, label] * (soft * inside).sum(dim=(1, 2))
+        queries.append(int(fit.argmax()))
+    return queries
 
 
 def spread_over(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -17,10 +17,12 @@ Runs a saved model on pictures: writes what it finds as JSON and draws it.
     python scripts/predict.py cat.jpg photos "more/**/*.png" --model outputs/mine --output_dir outputs/predictions
 
 What is done depends on the model: a classifier names the classes, a detector draws boxes, a model for segmentation
-draws segments. `--clusters` also draws the pixels that each box was read from; `--subtask` chooses what a universal
-model segments. Written into the output folder: `predictions.json`, one entry for each picture in the order given,
-`NAME.png`, the picture with its result, and `clusters/NAME.png`. Segments are also written for other tools:
-`panoptic.json` with `panoptic/NAME.png` or `instances.json`, both in COCO's format, or label maps, `semantic/NAME.png`.
+draws segments; `--subtask` chooses what a universal model segments. `--clusters` also shows what a ClusterFormer
+clusters, and for each box or segment the pixels that it was read from. Written into the output folder:
+`predictions.json`, one entry for each picture in the order given, `NAME.png`, the picture with its result, and with
+`--clusters` the page `clusters/NAME.html`, for any browser and without a network, and the panel `clusters/NAME.png`.
+Segments are also written for other tools: `panoptic.json` with `panoptic/NAME.png` or `instances.json`, both in COCO's
+format, or label maps, `semantic/NAME.png`.
 Files that cannot be read are named there and at the end; the others are done all the same, and the exit code is 1.
 """
 
@@ -50,6 +52,7 @@ from transformers import (
 )
 
 from clusterformer_hf import ClusterFormerConfig
+from clusterformer_hf.cluster_views import show_boxes, show_classes, show_segments
 from clusterformer_hf.data.images import open_image
 from clusterformer_hf.segmentation_pictures import add_legend, draw_segments, segment_colors
 from clusterformer_hf.segmentation_results import (
@@ -59,7 +62,7 @@ from clusterformer_hf.segmentation_results import (
     SegmentPipeline,
     SemanticFiles,
 )
-from clusterformer_hf.visualization import detection_queries, draw_box_assignments, draw_boxes, label_font
+from clusterformer_hf.visualization import draw_boxes, label_font
 
 
 SUBTASKS = ("panoptic", "instance", "semantic")
@@ -75,7 +78,7 @@ class Arguments:
     threshold: float = field(default=0.5, metadata={"help": "Detection and segmentation: least score that is kept."})
     top_k: int = field(default=5, metadata={"help": "Classification: number of classes, the likeliest first."})
     clusters: bool = field(
-        default=False, metadata={"help": "Detection: also draw the pixels that each box was read from."}
+        default=False, metadata={"help": "Also show the clusters, and the pixels each box or segment was read from."}
     )
     subtask: str | None = field(
         default=None,
@@ -108,7 +111,7 @@ class Task:
         one_size: Whether only pictures of one size can go through the model together.
         options: The pipeline's arguments, of the command line's.
         draw: Draws a picture's predictions, as the pipeline returns them.
-        draw_clusters: Draws what `--clusters` asks for.
+        show_clusters: Makes the page and the panel that `--clusters` asks for.
         summary: The predictions in a few words.
         subtasks: What `--subtask` may choose, the default first.
         pipeline_class: If not the one that transformers has for the task.
@@ -119,7 +122,7 @@ class Task:
     one_size: bool
     options: Callable[[Arguments], dict]
     draw: Callable[[Pipeline, Image.Image, list[dict]], Image.Image]
-    draw_clusters: Callable[[Pipeline, Image.Image, Arguments], Image.Image] | None
+    show_clusters: Callable[[Pipeline, Image.Image, list[dict], str, dict], tuple[str, Image.Image]]
     summary: Callable[[list[dict]], str]
     subtasks: tuple[str, ...] = ()
     pipeline_class: type[Pipeline] | None = None
@@ -155,20 +158,6 @@ def draw_detections(predictor: Pipeline, picture: Image.Image, predictions: list
     return draw_boxes(picture, detections, id2label)
 
 
-def draw_detection_clusters(predictor: Pipeline, picture: Image.Image, args: Arguments) -> Image.Image:
-    """
-    The panel of boxes and their pixels. Runs the model once more: the pipeline gives no assignments, and in a batch
-    they would fill the memory.
-    """
-    inputs = predictor.preprocess(picture).to(predictor.device)
-    target_size = inputs.pop("target_size")
-    with torch.no_grad():
-        outputs = predictor.model(**inputs, output_cluster_assignments=True)
-    (detections,) = predictor.image_processor.post_process_object_detection(outputs, args.threshold, target_size)
-    (queries,) = detection_queries(outputs, args.threshold)
-    return draw_box_assignments(picture, outputs, detections, queries, id2label=predictor.model.config.id2label)
-
-
 def count_objects(predictions: list[dict]) -> str:
     counts = Counter(row["label"] for row in predictions)
     return "nothing found" if not counts else ", ".join(f"{number} x {label}" for label, number in counts.items())
@@ -201,7 +190,7 @@ TASKS = (
         one_size=False,
         options=lambda args: {"top_k": args.top_k},
         draw=draw_classes,
-        draw_clusters=None,
+        show_clusters=show_classes,
         summary=name_classes,
     ),
     Task(
@@ -210,7 +199,7 @@ TASKS = (
         one_size=True,  # its image processors keep proportions, and pipelines do not pad
         options=lambda args: {"threshold": args.threshold},
         draw=draw_detections,
-        draw_clusters=draw_detection_clusters,
+        show_clusters=show_boxes,
         summary=count_objects,
     ),
     Task(
@@ -219,7 +208,7 @@ TASKS = (
         one_size=True,
         options=lambda args: {"threshold": args.threshold},
         draw=draw_found_segments,
-        draw_clusters=None,
+        show_clusters=show_segments,
         summary=name_segments,
         subtasks=SUBTASKS,
         pipeline_class=SegmentPipeline,
@@ -230,7 +219,7 @@ TASKS = (
         one_size=True,
         options=lambda args: {},
         draw=draw_found_segments,
-        draw_clusters=None,
+        show_clusters=show_segments,
         summary=name_segments,
         subtasks=("semantic",),
         pipeline_class=SegmentPipeline,
@@ -243,7 +232,7 @@ def find_task(args: Arguments) -> Task:
     The task of a saved model, from the architecture that its config names.
 
     Raises:
-        `ValueError`: if there is no model, no task for its architecture, or the task has no such clusters or subtask.
+        `ValueError`: if there is no model, no task for its architecture, no clusters or no such subtask.
     """
     model = args.model
     try:
@@ -255,8 +244,8 @@ def find_task(args: Arguments) -> Task:
         raise ValueError(f"The config in {model} names no architecture. `save_pretrained` of a model writes it there.")
     for task in TASKS:
         if names & architectures(task.models, config):
-            if args.clusters and (task.draw_clusters is None or config.model_type != ClusterFormerConfig.model_type):
-                raise ValueError(f"--clusters needs a detector of ClusterFormer, and {model} holds {', '.join(names)}.")
+            if args.clusters and config.model_type != ClusterFormerConfig.model_type:
+                raise ValueError(f"--clusters needs a ClusterFormer, and {model} holds {', '.join(names)}.")
             if args.subtask not in (None, *task.subtasks):
                 raise ValueError(f"{model} holds {', '.join(names)}, which has no --subtask {args.subtask}.")
             return task
@@ -334,8 +323,9 @@ def output_names(paths: list[Path], output_dir: Path) -> dict[Path, str]:
 
 
 def output_files(output_dir: Path, name: str) -> list[Path]:
-    """Of the drawn picture, of its clusters and of its segments."""
-    return [output_dir / folder / f"{name}.png" for folder in ("", "clusters", "panoptic", "semantic")]
+    """The drawn picture, the panel and the page of its clusters, and its segments."""
+    files = ("{}.png", "clusters/{}.png", "clusters/{}.html", "panoptic/{}.png", "semantic/{}.png")
+    return [output_dir / file.format(name) for file in files]
 
 
 def load_predictor(task: Task, args: Arguments) -> Pipeline:
@@ -365,10 +355,12 @@ def main(args: list[str] | None = None):
         pictures = [picture for _, picture in batch]
         answers = predictor(pictures, batch_size=len(pictures), **options)
         for (path, picture), predictions in zip(batch, answers, strict=True):
-            drawn, clusters, *_ = output_files(args.output_dir, names[path])
+            drawn, panel_file, page_file, *_ = output_files(args.output_dir, names[path])
             task.draw(predictor, picture, predictions).save(drawn)
             if args.clusters:
-                task.draw_clusters(predictor, picture, args).save(clusters)
+                page, panel = task.show_clusters(predictor, picture, predictions, path.name, options)
+                page_file.write_text(page, "utf-8")
+                panel.save(panel_file)
             print(f"{path}: {task.summary(predictions)}")
             if files is not None:
                 predictions = files.add(path, names[path], (picture.height, picture.width), predictions)

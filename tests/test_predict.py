@@ -13,11 +13,14 @@
 # limitations under the License.
 """scripts/predict.py on real pictures, with a small classifier, a small detector and small models for segmentation."""
 
+import base64
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +32,12 @@ from PIL import Image
 from pycocotools.coco import COCO
 from skimage import data
 from transformers import (
+    ConvNextImageProcessor,
     DeformableDetrImageProcessor,
     Mask2FormerImageProcessor,
     SegformerImageProcessor,
     ViTConfig,
+    ViTForImageClassification,
     ViTForMaskedImageModeling,
     ViTImageProcessor,
 )
@@ -50,7 +55,7 @@ from clusterformer_hf.data.coco_masks import read_coco_masks
 from clusterformer_hf.data.coco_panoptic import open_segments, read_panoptic
 from clusterformer_hf.data.label_maps import open_label_map, read_class_names
 from clusterformer_hf.segmentation_pictures import MAX_ENTRIES, add_legend, draw_segments, segment_colors, side_by_side
-from clusterformer_hf.visualization import palette
+from clusterformer_hf.visualization import box_assignment, palette
 from scripts.predict import main
 
 
@@ -206,9 +211,19 @@ def test_detector_as_a_command(detector, pictures, tmp_path):
         rows, columns = -(-tiles // min(tiles, 4)), min(tiles, 4)
         panel = Image.open(output_dir / "clusters" / result["picture"])
         assert np.abs(np.array(panel.size) - (8 + columns * (width + 8), 8 + rows * (height + 8))).max() <= 4
+        page = page_data(output_dir / "clusters" / result["picture"].replace(".png", ".html"))
+        assert len(page["objects"]) == len(result["predictions"]) and len(page["stages"]) == 4
+        for row, found in zip(result["predictions"], page["objects"]):
+            assert found["text"] == f"{row['label']} {row['score']:.2f}" and found["kind"] == "box"
     expected = {"cat.png", "cat_2.png", "person.png", "predictions.json", "clusters"}
     assert {path.name for path in output_dir.iterdir()} == expected
-    assert len(list((output_dir / "clusters").iterdir())) == 3
+    assert len(list((output_dir / "clusters").iterdir())) == 6
+
+
+def page_data(page: Path) -> dict:
+    """What the page of a picture's clusters shows."""
+    text = page.read_text("utf-8")
+    return json.loads(text.split('id="data">')[1].split("</script>")[0])
 
 
 def test_batches_of_mixed_sizes_change_nothing(detector, pictures, tmp_path):
@@ -253,6 +268,24 @@ def test_classifier(classifier, pictures, tmp_path, capsys):
         np.testing.assert_array_equal(np.asarray(drawn)[: picture.height, : picture.width], pixels)
         caption = np.asarray(drawn)[picture.height :]
         assert caption.min() < 80 and caption.max() == 255  # black on white
+
+
+def test_clusters_of_a_classifier(pictures, tmp_path):
+    """The page shows the picture as the model saw it, cut by its processor, and says what it was taken for."""
+    processor = ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.5)
+    model = save(ClusterFormerForImageClassification, processor, tmp_path / "model")
+    file = pictures / "one" / "cat.png"
+    main([str(file), f"--model={model}", f"--output_dir={tmp_path / 'out'}", "--clusters"])
+    (result,) = entries(tmp_path / "out")
+    page = page_data(tmp_path / "out" / "clusters" / "cat.html")
+    assert page["objects"] == [] and [stage["heads"] for stage in page["stages"]] == [1, 2, 2, 2]
+    best = result["predictions"][0]
+    title = f"<title>cat.png: {best['label']} {best['score']:.3f}, "
+    assert title in (tmp_path / "out" / "clusters" / "cat.html").read_text("utf-8")
+    shown = Image.open(io.BytesIO(base64.b64decode(page["picture"].split(",")[1])))
+    middle = Image.open(file).resize((192, 128), Image.Resampling.BICUBIC).crop((64, 32, 128, 96))
+    assert shown.size == (64, 64) and np.abs(np.asarray(shown).astype(int) - np.asarray(middle)).mean() < 3
+    assert Image.open(tmp_path / "out" / "clusters" / "cat.png").height == 20 + 200
 
 
 def test_pictures_are_upright(classifier, tmp_path):
@@ -316,11 +349,11 @@ def segment(model: Path, pictures: Path, output_dir: Path, *flags: str) -> list[
     return entries(output_dir)
 
 
-def outputs_of(model_class, processor, folder: Path, path: str):
+def outputs_of(model_class, processor, folder: Path, path: str, **kwargs):
     """The model's outputs for a picture, without the pipeline, and the picture's height and width."""
     picture = Image.open(path).convert("RGB")
     with torch.no_grad():
-        outputs = model_class.from_pretrained(folder).eval()(**processor(picture, return_tensors="pt"))
+        outputs = model_class.from_pretrained(folder).eval()(**processor(picture, return_tensors="pt"), **kwargs)
     return outputs, picture.size[::-1]
 
 
@@ -457,8 +490,49 @@ def test_wrong_subtasks_are_refused(universal, semantic, classifier, pictures):
         run_model(semantic, pictures, "--subtask=panoptic")
     with pytest.raises(ValueError, match="ClusterFormerForImageClassification, which has no --subtask semantic"):
         run_model(classifier, pictures, "--subtask=semantic")
-    with pytest.raises(ValueError, match="--clusters needs a detector of ClusterFormer"):
-        run_model(universal, pictures, "--clusters")
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "instance", "semantic"])
+def test_clusters_of_segments(kind, universal, semantic, pictures, tmp_path):
+    """The page has every segment with its mask, and the assignment of a centre whose mask it is."""
+    folder, model_class, processor = {
+        "semantic": (semantic, ClusterFormerForSemanticSegmentation, SEMANTIC_PROCESSOR),
+    }.get(kind, (universal, ClusterFormerForUniversalSegmentation, UNIVERSAL_PROCESSOR))
+    results = segment(folder, pictures, tmp_path / "out", "--threshold=0.3", "--clusters", f"--subtask={kind}")
+    for result in results:
+        outputs, size = outputs_of(model_class, processor, folder, result["file"], output_cluster_assignments=True)
+        page = page_data(tmp_path / "out" / "clusters" / result["picture"].replace(".png", ".html"))
+        assert len(page["stages"]) == 4 and len(page["objects"]) == len(result["predictions"]) > 0
+        for row, found in zip(result["predictions"], page["objects"]):
+            measured = f"{row['area'] / (size[0] * size[1]):.1%}" if kind == "semantic" else f"{row['score']:.2f}"
+            assert found["text"] == f"{row['label']} {measured}" and found["kind"] == "mask"
+            step = -(-max(size) // 128)
+            mask = unpack(found["mask"])
+            assert mask.shape == (-(-size[0] // step), -(-size[1] // step))
+            assert mask.mean() == pytest.approx(row["area"] / (size[0] * size[1]), abs=0.03)
+            heat = box_assignment(outputs, 0, found["query"])
+            np.testing.assert_allclose(unpack(found["heat"]) / 255, heat, atol=0.51 / 255 + 1e-5)
+            if kind != "semantic":
+                fits = fits_of(outputs, mask > 0, list(NAMES.values()).index(row["label"]), kind)
+                assert fits[found["query"]] > 0.9 * max(fits) > min(fits)  # the map is coarser than the picture
+        panel = Image.open(tmp_path / "out" / "clusters" / result["picture"])
+        assert panel.height == 20 + 200 and panel.width > 5 * 100  # the picture and four stages
+
+
+def fits_of(outputs, mask: np.ndarray, label: int, kind: str) -> list[float]:
+    """How well each centre fits: an instance's by its mask, a panoptic segment's by the pixels of it that it won."""
+    masks = F.interpolate(outputs.masks_queries_logits, size=mask.shape, mode="bilinear")[0]
+    if kind == "instance":
+        return [float((own & mask).sum() / (own | mask).sum()) for own in (masks > 0).numpy()]
+    best = outputs.class_queries_logits[0].softmax(dim=-1).max(dim=-1)
+    weights = masks.sigmoid() * (best.values * (best.values > 0.3) * (best.indices == label))[:, None, None]
+    winners = weights.argmax(dim=0).numpy()[mask]
+    return [float((winners == query).mean()) for query in range(len(masks))]
+
+
+def unpack(values: dict) -> np.ndarray:
+    data = zlib.decompress(base64.b64decode(values["values"]))
+    return np.frombuffer(data, np.uint8).reshape(values["height"], values["width"])
 
 
 def test_segments_that_do_not_fit():
@@ -512,8 +586,10 @@ def test_unknown_architectures_are_refused(classifier, pictures, tmp_path, names
 
 
 def test_wrong_arguments_are_refused(classifier, pictures, tmp_path):
-    with pytest.raises(ValueError, match="--clusters needs a detector of ClusterFormer.*ForImageClassification"):
-        run_model(classifier, pictures, "--clusters")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    ViTForImageClassification(ViTConfig(image_size=32, **sizes)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="--clusters needs a ClusterFormer, and .*vit holds ViTForImageClassification"):
+        run_model(tmp_path / "vit", pictures, "--clusters")
     with pytest.raises(ValueError, match="nowhere is no folder with a saved model"):
         run_model(tmp_path / "nowhere", pictures)
     with pytest.raises(ValueError, match=r"--threshold must be in \[0, 1\], got 50.0"):

@@ -29,9 +29,11 @@ from clusterformer_hf.visualization import (
     detection_queries,
     draw_box_assignments,
     draw_boxes,
+    draw_center_paths,
     draw_clusters,
     draw_heat,
     palette,
+    segment_queries,
     spread_over,
 )
 
@@ -299,10 +301,43 @@ def test_cluster_map_and_its_picture():
     weights[0, 1, 2, :, :2], weights[0, 1, 0, :, 2:4] = 1, 1
     outputs = ModelOutput(cluster_assignments=(weights,))
     np.testing.assert_array_equal(cluster_map(outputs, stage=1, head=1), [[2, 2, 0, 0, -1]] * 2)
-    pixels = np.asarray(draw_clusters(grey(50, 20), outputs, stage=1, head=1, opacity=1.0))
+    pixels = np.asarray(draw_clusters(grey(40, 20), outputs, stage=1, head=1, opacity=1.0))
     assert (pixels[1:, 1:20] == color_of(2)).all() and (pixels[1:, 21:40] == color_of(0)).all()
-    assert (pixels[:, 20] == 255).all() and (pixels[1:, 41:] == 90).all()
+    assert (pixels[:, 20] == 255).all()
     with pytest.raises(ValueError, match=r"`stage` must be in \[1, 1\], got 2"):
         cluster_map(outputs, stage=2)
     with pytest.raises(ValueError, match=r"`head` must be in \[0, 2\) for stage 1, got 2"):
         cluster_map(outputs, stage=1, head=2)
+
+
+def test_paths_of_centres():
+    """From the start to the end, where a dot has the cluster's colour; a centre without a place is not drawn."""
+    places = torch.full((3, 2, 2, 2), torch.nan)
+    places[:, 1, 1] = torch.tensor([[0.5, 0.125], [0.5, 0.5], [0.5, 0.875]])
+    pixels = np.asarray(draw_center_paths(grey(81, 41), places, head=1))
+    assert (pixels[20, 12:65] == 255).all() and (pixels[20, :9] == 90).all()
+    assert (pixels[20, 71] == color_of(1)).all() and (pixels[:15] == 90).all()
+    assert (np.asarray(draw_center_paths(grey(81, 41), places, head=0)) == 90).all()
+
+
+def test_segments_have_their_centres():
+    """Masks of a universal model lead to the centres whose masks they are, at any size and without the padding."""
+    masks = torch.full((1, 4, 8, 12), -9.0)
+    masks[0, 0, :6, :5], masks[0, 1, :6, 5:10], masks[0, 2, 2:4, 2:4], masks[0, 3, :6, :10] = 9, 9, 9, 9
+    classes = torch.zeros(1, 4, 4)
+    classes[0, [0, 1, 2, 3], [0, 1, 2, 0]] = torch.tensor([4.0, 4.0, 4.0, 2.0])
+    real = torch.zeros(1, 1, 4, 8, 12)
+    real[..., :6, :10] = 0.25
+    outputs = ModelOutput(class_queries_logits=classes, masks_queries_logits=masks, cluster_assignments=(real,))
+    found = np.zeros((4, 12, 20), bool)
+    found[0, :, :10], found[1, :, 10:], found[2, 4:8, 4:8], found[3] = True, True, True, True
+    assert segment_queries(outputs, found, [0, 1, 2, 0], subtask="instance") == [0, 1, 2, 3]
+    assert segment_queries(outputs, found[3:], [3], subtask="instance") == [
+        3
+    ]  # no centre is sure of it: the mask decides
+    assert segment_queries(outputs, found[:0], [], subtask="instance") == []
+    # Shared out: the left half went to the surer centre, of the right half only a strip is left.
+    found[1, :, 12:] = False
+    assert segment_queries(outputs, found[:2], [0, 1], subtask="panoptic") == [0, 1]
+    assert segment_queries(outputs, found[1:2], [0], subtask="panoptic") == [3]
+    assert segment_queries(outputs, found[1:2], [3], subtask="semantic") == [3]  # of no centre's class
