@@ -15,7 +15,9 @@
 
 import json
 import os
+import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,8 +45,8 @@ from clusterformer_hf import (
     ClusterFormerModel,
 )
 from clusterformer_hf.hub import export_repository
-from clusterformer_hf.model_card import TrainingRecord
-from clusterformer_hf.provenance import ForeignResultsError, fingerprint, provenance
+from clusterformer_hf.model_card import TrainingRecord, render_model_card
+from clusterformer_hf.provenance import ForeignResultsError, command, fingerprint, provenance
 from scripts.push_to_hub import main
 from tests.local_hub import LocalHub
 
@@ -278,15 +280,9 @@ def test_small_and_tiny_are_named(tmp_path):
         config = getattr(ClusterFormerConfig, name)()
         with torch.device("meta"):
             model = ClusterFormerForImageClassification(config)
-        card = clusterformer_card(model)
+        card = render_model_card(model, "me/it")
         assert f"ClusterFormer-{name.capitalize()}, clustering `recurrent`" in card.text
-    assert "ClusterFormer-" not in clusterformer_card(build("classifier")).text
-
-
-def clusterformer_card(model) -> ModelCard:
-    from clusterformer_hf.model_card import render_model_card
-
-    return render_model_card(model, "me/it")
+    assert "ClusterFormer-" not in render_model_card(build("classifier"), "me/it").text
 
 
 def test_what_is_not_exported(runs, tmp_path):
@@ -364,9 +360,6 @@ class Trap:
 
 
 def test_pickles_are_neither_read_nor_written(runs, exported, tmp_path, monkeypatch):
-    import pickle
-    import shutil
-
     monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
     pickle.loads(pickle.dumps(Trap()))
     assert (tmp_path / "sprung").exists()  # it works
@@ -395,6 +388,8 @@ def hub(monkeypatch, tmp_path):
     """A Hub on this machine, which huggingface_hub's client in this process uses."""
     with LocalHub({TOKEN: ["me"], STRANGER: ["stranger"]}).running() as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        pages = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", pages)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
@@ -469,3 +464,131 @@ def test_publish_and_load_from_the_hub(hub, runs, exported, tmp_path, capsys):
     for kind, expected in {"backbone": "torch.Size([1, 32, 2, 2])", "classifier": "% cat"}.items():
         assert expected in result.stdout, f"{kind}: {result.stdout}"
     assert result.stdout.count("(1, 2, 4, 2, 2)") == len(KINDS)  # the clusters of the last stage
+
+
+def test_branch_and_private_repository(hub, runs, capsys):
+    run = f"--model={runs['classifier']}"
+    main([run, "--repo-id=me/it", "--private", "--revision=trial"])
+    repository = hub.repositories["me/it"]
+    assert repository.private
+    assert set(repository.commits[repository.branches["main"]]) == {".gitattributes"}
+    assert "model.safetensors" in repository.commits[repository.branches["trial"]]
+    main([run, "--repo-id=me/open"])
+    before = dict(hub.repositories["me/open"].branches)
+    with pytest.raises(SystemExit, match="me/open exists and is public"):
+        main([run, "--repo-id=me/open", "--private"])
+    assert hub.repositories["me/open"].branches == before
+
+
+def test_files_of_another_model_are_replaced(hub, runs):
+    """A loader would take old shards and pickles for parts of the new model; other files stay."""
+    main([f"--model={runs['classifier']}", "--repo-id=me/it"])
+    repository = hub.repositories["me/it"]
+    old = (
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "old.py",
+        "notes.md",
+    )
+    repository.commit("main", repository.commits[repository.branches["main"]] | dict.fromkeys(old, b"{}"))
+    main([f"--model={runs['detector']}", "--repo-id=me/it"])
+    names = set(repository.commits[repository.branches["main"]])
+    assert names == {path.name for path in Path("outputs/hub/me/it").iterdir()} | {".gitattributes", "notes.md"}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"token": None}, "There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN."),
+        ({"token": "hf_" + "c" * 34}, "Nothing was uploaded to me/it: the Hub does not know the token."),
+        ({"token": STRANGER}, "the token may not write to me/it. It needs write access"),
+        ({"token": STRANGER, "exists": True}, "the token may not write to me/it. It needs write access"),
+        ({"offline": True}, "Nothing was uploaded: HF_HUB_OFFLINE is set."),
+        ({"repo_id": "it"}, "'it' is no name of a repository: it must be USER/NAME or ORGANISATION/NAME."),
+        ({"repo_id": "me/it/main"}, "'me/it/main' is no name of a repository, USER/NAME: "),
+        ({"breaks": True}, "The upload to me/it broke off: .*\nThe repository has all of the new files or none"),
+        ({"gone": True}, "The upload to me/it broke off: "),
+    ],
+)
+def test_uploads_that_fail(settings, message, hub, runs, monkeypatch, capsys):
+    """They say why, change nothing and name no token."""
+    if settings.get("exists"):
+        main([f"--model={runs['classifier']}", "--repo-id=me/it"])
+    before = {name: dict(repository.branches) for name, repository in hub.repositories.items()}
+    token = settings.get("token", TOKEN)
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    if settings.get("offline"):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    if settings.get("gone"):
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub.breaks_commits = settings.get("breaks", False)
+    with pytest.raises(SystemExit, match=message) as failure:
+        main([f"--model={runs['classifier']}", f"--repo-id={settings.get('repo_id', 'me/it')}"])
+    output = "".join([*capsys.readouterr(), str(failure.value)])
+    assert not any(secret in output for secret in (TOKEN, STRANGER, "c" * 34))
+    if settings.get("breaks"):
+        repository = hub.repositories["me/it"]
+        assert set(repository.commits[repository.branches["main"]]) == {".gitattributes"}
+    else:
+        assert {name: repository.branches for name, repository in hub.repositories.items()} == before
+
+
+def test_wrong_model_folders(tmp_path, runs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "clusterformer", "architectures": ["SwinModel"]}')
+    KINDS["classifier"][0](ClusterFormerConfig(**NANO)).save_pretrained(tmp_path / "plain")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    run = str(runs["classifier"])
+    for flags, message in {
+        ("--model=nowhere",): "--model nowhere is no folder of a saved model: it has no config.json.",
+        ("--model=empty",): "--model empty is no folder of a saved model",
+        ("--model=other",): "--model other is no ClusterFormer: its config names \\['SwinModel'\\].",
+        ("--model=plain",): "--model plain has no image processor; save one to it",
+        (f"--model={run}", "--example=broken.png"): "--example broken.png cannot be read as a picture",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            main([*flags, "--repo-id=me/it", "--dry-run"])
+    assert not (tmp_path / "outputs").exists()
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "mine.png")
+    main([f"--model={run}", "--repo-id=me/it", "--dry-run", "--example=mine.png", "--license=mit"])
+    repository = tmp_path / "outputs" / "hub" / "me" / "it"
+    assert Image.open(repository / "example.png").size == (30, 20)
+    assert ModelCard.load(repository / "README.md").data.license == "mit"
+
+
+def test_killed_upload(hub, runs, tmp_path):
+    """The process dies while it sends the weights: nothing loads, and the same command does it all later."""
+    command = [sys.executable, str(Path(__file__).parents[1] / "scripts" / "push_to_hub.py")]
+    command += [f"--model={runs['classifier']}", "--repo-id=me/it"]
+    environment = environment_for(hub, tmp_path / "home") | {"HF_TOKEN": TOKEN}
+    hub.holds_uploads = True
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+        assert hub.upload_arrived.wait(120), (tmp_path / "log").read_text()
+        process.kill()
+        process.wait()
+    repository = hub.repositories["me/it"]
+    assert set(repository.commits[repository.branches["main"]]) == {".gitattributes"} and not hub.large_files
+    with pytest.raises(OSError, match="me/it"):
+        ClusterFormerForImageClassification.from_pretrained("me/it", cache_dir=tmp_path / "cache")
+
+    hub.holds_uploads = False
+    main(command[2:])
+    assert len(repository.commits) == 2
+    model = ClusterFormerForImageClassification.from_pretrained("me/it", cache_dir=tmp_path / "later")
+    assert fingerprint(model) == fingerprint(build("classifier"))
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
+        assert TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_tokens_are_left_out_of_commands(monkeypatch):
+    words = ["--hub_token", TOKEN, f"--hub_token={TOKEN}", "--data", "a b", f"--name={TOKEN}", "--hub_token", "secret"]
+    monkeypatch.setattr(sys, "argv", [str(Path.cwd() / "scripts" / "run.py"), *words])
+    expected = "python scripts/run.py --hub_token ... --hub_token=... --data 'a b' --name=hf_... --hub_token ..."
+    assert command() == expected
