@@ -24,6 +24,7 @@ from clusterformer_hf import (
     ClusterFormerConfig,
     ClusterFormerForImageClassification,
     ClusterFormerModel,
+    clustering_clusterformer,
     modeling_clusterformer,
 )
 from clusterformer_hf.configuration_clusterformer import as_pair
@@ -377,6 +378,30 @@ def test_inference_on_the_cpu_takes_its_own_ways_to_the_same_result(monkeypatch)
     torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-12)
     for got, wanted in zip(actual.cluster_assignments, expected.cluster_assignments):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", ["release", "release_flash"])
+def test_released_groups_in_chunks_give_the_same_bit_by_bit(form, monkeypatch):
+    """Rounding decides between parallel centres, so nothing less will do."""
+    model = nano_classifier(**{**RELEASED, "clustering": form, "center_grid": [5, 5, 3, 3]}).double()
+    pixel_values = images(2, 3, 64, 64).double()
+    outputs = []
+    for chunk in (2**30, 500):
+        monkeypatch.setattr(clustering_clusterformer, "GROUP_CHUNK", chunk)
+        with torch.no_grad():
+            outputs.append(model(pixel_values, output_cluster_assignments=True))
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    for whole, chunked in zip(outputs[0].cluster_assignments, outputs[1].cluster_assignments):
+        assert torch.equal(whole, chunked)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 5), (4, 4), (7, 10)])
+def test_pooling_by_a_matrix_is_the_same_bit_by_bit(size):
+    encoder = nano_classifier(**{**RELEASED, "center_grid": [10] * 4}).clusterformer.encoder
+    clustering = encoder.stages[0].layers[0].clustering
+    features = images(6, 8, *size).double()
+    pooled = clustering.pool(features, clustering.pooling_matrix(features))
+    assert torch.equal(pooled, F.adaptive_avg_pool2d(features, 10).flatten(2))
 
 
 # ---- learning --------------------------------------------------------------------------------------------------------
