@@ -47,18 +47,37 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
     HfArgumentParser,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
     SwinConfig,
     SwinForImageClassification,
     set_seed,
 )
 
-from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
+from clusterformer_hf import (
+    ClusterFormerConfig,
+    ClusterFormerForImageClassification,
+    ClusterFormerForObjectDetection,
+    ClusterFormerForUniversalSegmentation,
+)
 
 
 # A call faster than this is repeated within its turn: the clock and the wait for an accelerator cost time too.
 SHORTEST_TURN = 0.05  # seconds
 NUM_LABELS = 1000
+# COCO's, with those that its file leaves out, and its classes of things and stuff.
+DETECTION_LABELS, SEGMENTATION_LABELS = 91, 133
+BACKBONE_STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
 @dataclass
@@ -66,7 +85,7 @@ class BenchmarkArguments:
     """Command line of the benchmark."""
 
     sections: list[str] = field(
-        default_factory=lambda: list(SECTIONS), metadata={"help": "Tables to print: inference, training, released."}
+        default_factory=lambda: list(SECTIONS), metadata={"help": "Tables to print, in this order."}
     )
     sizes: list[int] = field(
         default_factory=lambda: [224, 512, 1024], metadata={"help": "Image sides of `inference`, in pixels."}
@@ -77,6 +96,16 @@ class BenchmarkArguments:
     released_sizes: list[int] = field(
         default_factory=lambda: [256, 512],
         metadata={"help": "Image sides of `released`, in pixels: multiples of 128."},
+    )
+    detection_sizes: list[str] = field(
+        default_factory=lambda: ["800x1333"], metadata={"help": "Images of `detection`, height x width in pixels."}
+    )
+    segmentation_sizes: list[str] = field(
+        default_factory=lambda: ["512x512", "1024x1024"],
+        metadata={"help": "Images of `segmentation`, height x width in pixels."},
+    )
+    segmentation_training_size: str = field(
+        default="512x512", metadata={"help": "Images of the training step of `segmentation`."}
     )
     rounds: int = field(default=3, metadata={"help": "Least number of rounds that a median is taken over."})
     min_seconds: float = field(default=5.0, metadata={"help": "Rounds go on for at least this long a table."})
@@ -111,8 +140,8 @@ class Settings:
     def compiled(self, model: nn.Module) -> nn.Module:
         return torch.compile(model) if self.arguments.compile else model
 
-    def images(self, batch_size: int, size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self.place(torch.randn(batch_size, 3, size, size), dtype)
+    def images(self, batch_size: int, size: tuple[int, int], dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.place(torch.randn(batch_size, 3, *size), dtype)
 
 
 @dataclass
@@ -162,58 +191,149 @@ def plain_released(form: str, weights: dict[str, torch.Tensor] | None = None) ->
 CLASSIFIERS = {"ClusterFormer-T": clusterformer, "Swin-T": swin, "ConvNeXt-T": convnext}
 
 
+def detector() -> nn.Module:
+    return ClusterFormerForObjectDetection(ClusterFormerConfig.tiny(num_labels=DETECTION_LABELS))
+
+
+def detr() -> nn.Module:
+    backbone = ResNetConfig(out_features=BACKBONE_STAGES[-1:])  # a ResNet-50
+    return DetrForObjectDetection(DetrConfig(backbone_config=backbone, num_labels=DETECTION_LABELS))
+
+
+def deformable_detr() -> nn.Module:
+    backbone = ResNetConfig(out_features=BACKBONE_STAGES[1:])
+    return DeformableDetrForObjectDetection(DeformableDetrConfig(backbone_config=backbone, num_labels=DETECTION_LABELS))
+
+
+def rt_detr() -> nn.Module:
+    return RTDetrForObjectDetection(RTDetrConfig(num_labels=DETECTION_LABELS))
+
+
+def segmenter() -> nn.Module:
+    return ClusterFormerForUniversalSegmentation(ClusterFormerConfig.tiny(num_labels=SEGMENTATION_LABELS))
+
+
+def mask2former() -> nn.Module:
+    backbone = SwinConfig(out_features=BACKBONE_STAGES)  # a Swin-T
+    return Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(backbone_config=backbone, num_labels=SEGMENTATION_LABELS)
+    )
+
+
+def maskformer() -> nn.Module:
+    backbone = SwinConfig(out_features=BACKBONE_STAGES)
+    return MaskFormerForInstanceSegmentation(MaskFormerConfig(backbone_config=backbone, num_labels=SEGMENTATION_LABELS))
+
+
+DETECTORS = {
+    "ClusterFormer-T": detector,
+    "DETR-R50": detr,
+    "Deformable DETR-R50": deformable_detr,
+    "RT-DETR-R50": rt_detr,
+}
+SEGMENTERS = {"ClusterFormer-T": segmenter, "Mask2Former-Swin-T": mask2former, "MaskFormer-Swin-T": maskformer}
+
+
 def inference(settings: Settings):
     """Classifiers of the same size, forward pass."""
-    models = {name: settings.place(build()).eval() for name, build in CLASSIFIERS.items()}
+    sizes = [(side, side) for side in settings.arguments.sizes]
+    yield from forward_tables("inference", CLASSIFIERS, sizes, settings.arguments.batch_sizes, settings)
+
+
+def detection(settings: Settings):
+    """Detectors, forward pass of one image."""
+    yield from forward_tables(
+        "detection", DETECTORS, map(parse_size, settings.arguments.detection_sizes), [1], settings
+    )
+
+
+def segmentation(settings: Settings):
+    """Universal segmentation models, forward pass of one image and a training step."""
+    sizes = map(parse_size, settings.arguments.segmentation_sizes)
+    yield from forward_tables("segmentation", SEGMENTERS, sizes, [1], settings)
+    size = parse_size(settings.arguments.segmentation_training_size)
+    corners = [torch.zeros(1, *size, device=settings.device) for _ in range(2)]
+    for i, corner in enumerate(corners):
+        corner[:, : size[0] // (2 + i), : size[1] // 2] = 1
+    labels = {
+        "mask_labels": [torch.cat(corners)],
+        "class_labels": [torch.arange(len(corners), device=settings.device)],
+    }
+    yield training_table("segmentation, training step", SEGMENTERS, 1, size, labels, settings)
+
+
+def forward_tables(name: str, builders: dict, sizes, batch_sizes: list[int], settings: Settings):
+    """A table for each image and batch size."""
+    models = {name: settings.place(build()).eval() for name, build in builders.items()}
     compiled = {name: settings.compiled(model) for name, model in models.items()}
-    for size in settings.arguments.sizes:
-        macs = {name: forward_gmacs(build, size) for name, build in CLASSIFIERS.items()}
-        for batch_size in settings.arguments.batch_sizes:
+    for size in sizes:
+        image = settings.images(1, size)
+        macs = {name: forward_gmacs(model, image) for name, model in models.items()}
+        for batch_size in batch_sizes:
             images = settings.images(batch_size, size)
             contestants = [
                 Contestant(name, partial(forward, model, images), batch_size * macs[name])
                 for name, model in compiled.items()
             ]
-            yield table(f"inference, {size} x {size}, batch {batch_size}", contestants, settings, batch_size)
+            yield table(f"{name}, {size[0]} x {size[1]}, batch {batch_size}", contestants, settings, batch_size)
 
 
 def training(settings: Settings):
     """Classifiers of the same size, a whole training step: forward, backward, AdamW."""
     size, batch_size = settings.arguments.training_size, settings.arguments.training_batch_size
     builders = {**CLASSIFIERS, "ClusterFormer-T, gradient checkpointing": checkpointed}
+    labels = {"labels": torch.randint(NUM_LABELS, (batch_size,), device=settings.device)}
+    yield training_table("training step", builders, batch_size, (size, size), labels, settings)
+
+
+def training_table(title: str, builders: dict, batch_size: int, size: tuple[int, int], labels: dict, settings) -> dict:
     images = settings.images(batch_size, size, torch.float32)
-    labels = torch.randint(NUM_LABELS, (batch_size,), device=settings.device)
     contestants = []
     for name, build in builders.items():
         model = settings.place(build(), torch.float32).train()
         optimizer = torch.optim.AdamW(model.parameters())
         run = partial(training_step, settings.compiled(model), optimizer, images, labels, settings.dtype)
         # As usual: the backward pass counts twice the forward pass, recomputation does not count.
-        contestants.append(Contestant(name, run, 3 * batch_size * forward_gmacs(build, size)))
-    yield table(f"training step, {size} x {size}, batch {batch_size}", contestants, settings, batch_size)
+        macs = 3 * batch_size * forward_gmacs(model.eval(), images[:1])
+        model.train()
+        contestants.append(Contestant(name, run, macs))
+    return table(f"{title}, {size[0]} x {size[1]}, batch {batch_size}", contestants, settings, batch_size)
 
 
 def released_forms(settings: Settings):
     """The released forms against their plain transcription with the same weights."""
     for form in ("release", "release_flash"):
         ours = released(form)
-        builders = {"ours": partial(released, form), "plain transcription": partial(plain_released, form)}
         models = {"ours": ours, "plain transcription": plain_released(form, ours.state_dict())}
         models = {name: settings.place(model).eval() for name, model in models.items()}
         compiled = {name: settings.compiled(model) for name, model in models.items()}
-        for size in settings.arguments.released_sizes:
-            images = settings.images(1, size)
+        for side in settings.arguments.released_sizes:
+            images = settings.images(1, (side, side))
             contestants = [
-                Contestant(name, partial(forward, model, images), forward_gmacs(builders[name], size))
+                Contestant(name, partial(forward, model, images), forward_gmacs(models[name], images))
                 for name, model in compiled.items()
             ]
             logits = [contestant.run().logits.double() for contestant in contestants]
-            result = table(f"{form}, {size} x {size}, batch 1", contestants, settings, 1)
+            result = table(f"{form}, {side} x {side}, batch 1", contestants, settings, 1)
             result["largest_difference"] = ((logits[0] - logits[1]).abs().max() / logits[1].abs().max()).item()
             yield result
 
 
-SECTIONS = {"inference": inference, "training": training, "released": released_forms}
+SECTIONS = {
+    "inference": inference,
+    "training": training,
+    "detection": detection,
+    "segmentation": segmentation,
+    "released": released_forms,
+}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width from `HEIGHTxWIDTH`."""
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"A size must be HEIGHTxWIDTH in pixels, such as 800x1333, got {text!r}.")
+    return int(sides[0]), int(sides[1])
 
 
 @torch.no_grad()
@@ -223,7 +343,7 @@ def forward(model: nn.Module, images: torch.Tensor):
 
 def training_step(model, optimizer, images, labels, dtype) -> torch.Tensor:
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        loss = model(images, labels=labels).loss
+        loss = model(images, **labels).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -236,10 +356,14 @@ def checkpointed() -> nn.Module:
     return model
 
 
-def forward_gmacs(build: Callable[[], nn.Module], size: int) -> float:
-    """Billions of multiply-accumulates in the matrix products, convolutions and attentions for one image."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # where nothing is computed
-        forward(build().eval(), torch.empty(1, 3, size, size))
+def forward_gmacs(model: nn.Module, images: torch.Tensor) -> float:
+    """Billions of multiply-accumulates in the matrix products, convolutions and attentions of a forward pass."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)  # the counter hooks into gradients, and DETR's queries have none to hook into
+    with FlopCounterMode(display=False) as counter:
+        forward(model, images)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return counter.get_total_flops() / 2e9
 
 
@@ -372,6 +496,8 @@ def describe(settings: Settings) -> dict:
 
 
 def check(arguments: BenchmarkArguments):
+    for size in (*arguments.detection_sizes, *arguments.segmentation_sizes, arguments.segmentation_training_size):
+        parse_size(size)
     unknown = [section for section in arguments.sections if section not in SECTIONS]
     if unknown:
         raise ValueError(f"Unknown sections {unknown}: choose from {list(SECTIONS)}.")

@@ -20,9 +20,24 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import ConvNextConfig, ConvNextForImageClassification, SwinConfig, SwinForImageClassification
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+    ResNetConfig,
+    SwinConfig,
+    SwinForImageClassification,
+)
 
-from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
+from clusterformer_hf import (
+    ClusterFormerConfig,
+    ClusterFormerForImageClassification,
+    ClusterFormerForObjectDetection,
+    ClusterFormerForUniversalSegmentation,
+)
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -60,6 +75,45 @@ def nano_released(form: str) -> nn.Module:
     return ClusterFormerForImageClassification(config)
 
 
+def nano_decoder(**kwargs) -> ClusterFormerConfig:
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "center_grid": [3] * 4}
+    decoder = {"decoder_hidden_size": 16, "decoder_attention_heads": 2, "decoder_ffn_dim": 16, "decoder_layers": 1}
+    return ClusterFormerConfig(num_labels=5, **sizes, **decoder, **kwargs)
+
+
+def nano_detectors() -> dict:
+    backbone = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8] * 4,
+        depths=[1] * 4,
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 9, "num_labels": 5}
+    deformable_detr = DeformableDetrConfig(backbone_config=backbone, **small)
+    return {
+        "ClusterFormer-T": lambda: ClusterFormerForObjectDetection(nano_decoder()),
+        "Deformable DETR-R50": lambda: DeformableDetrForObjectDetection(deformable_detr),
+    }
+
+
+def nano_segmenters() -> dict:
+    backbone = SwinConfig(
+        image_size=64,
+        embed_dim=16,
+        depths=[1] * 4,
+        num_heads=[1, 2, 2, 4],
+        window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    maskformer = MaskFormerConfig(backbone_config=backbone, num_labels=5)
+    maskformer.decoder_config.decoder_layers = 1
+    return {
+        "ClusterFormer-T": lambda: ClusterFormerForUniversalSegmentation(nano_decoder()),
+        "MaskFormer-Swin-T": lambda: MaskFormerForInstanceSegmentation(maskformer),
+    }
+
+
 def test_runs_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
     """All sections on small models: every table is printed and written, with positive numbers."""
     models = nano_classifiers()
@@ -67,8 +121,11 @@ def test_runs_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "CLASSIFIERS", models)
     monkeypatch.setattr(benchmark, "clusterformer", models["ClusterFormer-T"])
     monkeypatch.setattr(benchmark, "released", nano_released)
+    monkeypatch.setattr(benchmark, "DETECTORS", nano_detectors())
+    monkeypatch.setattr(benchmark, "SEGMENTERS", nano_segmenters())
     output = tmp_path / "results.json"
     flags = "--sizes 32 64 --batch_sizes 1 2 --training_size 32 --training_batch_size 2 --released_sizes 128"
+    flags += " --detection_sizes 64x96 --segmentation_sizes 64x64 --segmentation_training_size 64x64"
     flags += f" --rounds 1 --min_seconds 0 --devices cpu --output {output}"
     results = benchmark.main(flags.split())
 
@@ -76,7 +133,9 @@ def test_runs_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
     (run,) = results["runs"]
     assert run["machine"]["threads"] == torch.get_num_threads()
     assert run["machine"]["torch"] == torch.__version__
-    assert [table["section"] for table in run["tables"]] == ["inference"] * 4 + ["training"] + ["released"] * 2
+    assert [table["section"] for table in run["tables"]] == (
+        ["inference"] * 4 + ["training", "detection"] + ["segmentation"] * 2 + ["released"] * 2
+    )
     printed = capsys.readouterr().out
     for table in run["tables"]:
         assert f"## {table['title']}\n" in printed
@@ -112,7 +171,9 @@ def test_gmacs_equal_a_hand_count(benchmark):
             macs += side**2 * dim * sizes[stage - 1] * 2**2
         macs += depth * side**2 * (7**2 * dim + 2 * 4 * dim**2)
     macs += 768 * 1000
-    assert benchmark.forward_gmacs(benchmark.convnext, 64) == pytest.approx(macs / 1e9, rel=1e-12)
+    assert benchmark.forward_gmacs(benchmark.convnext().eval(), torch.randn(1, 3, 64, 64)) == pytest.approx(
+        macs / 1e9, rel=1e-12
+    )
 
 
 def test_gmacs_of_the_feed_forward_networks_are_contained(benchmark):
@@ -124,7 +185,11 @@ def test_gmacs_of_the_feed_forward_networks_are_contained(benchmark):
             side //= 2
             macs += side**2 * dim * sizes[stage - 1] * 3**2
         macs += depth * side**2 * 2 * 4 * dim**2
-    assert macs / 1e9 < benchmark.forward_gmacs(benchmark.clusterformer, 64) < 2 * macs / 1e9
+    assert (
+        macs / 1e9
+        < benchmark.forward_gmacs(benchmark.clusterformer().eval(), torch.randn(1, 3, 64, 64))
+        < 2 * macs / 1e9
+    )
 
 
 def test_peak_memory_counts_what_lives_at_once(benchmark):
