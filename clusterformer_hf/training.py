@@ -35,6 +35,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import UNFINISHED_FOLDER, check_same_model, find_checkpoint, prune, publish
+from .data.streaming import StreamingDataset
 from .interruption import EXIT_CODE, InterruptionCallback, mark
 from .loss_clusterformer import accumulated
 from .model_card import RECORD_NAME, TrainingRecord, render_model_card
@@ -209,6 +210,14 @@ class ClusterFormerTrainer(Trainer):
             )
         return loss
 
+    def get_train_dataloader(self):
+        if isinstance(self.train_dataset, StreamingDataset):  # is this process's part already
+            return self.train_dataset.loader(self.args, self.data_collator)
+        return super().get_train_dataloader()
+
+    def num_examples(self, dataloader) -> int:
+        return getattr(dataloader.dataset, "num_samples", None) or super().num_examples(dataloader)
+
     def get_batch_samples(self, *args, **kwargs):
         begin = time.perf_counter()
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
@@ -372,8 +381,13 @@ class SetEpochCallback(TrainerCallback):
     """Tells the training data set its epoch; accelerate does so in a single process only."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        if hasattr(train_dataloader.dataset, "set_epoch"):
-            train_dataloader.dataset.set_epoch(int(state.epoch))
+        dataset = train_dataloader.dataset
+        if isinstance(dataset, StreamingDataset):
+            steps = -(-len(train_dataloader) // args.gradient_accumulation_steps)
+            done = state.global_step % steps * args.gradient_accumulation_steps  # in a resumed epoch
+            dataset.set_epoch(state.global_step // steps, done)
+        elif hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch))
 
 
 class AverageWeightsCallback(TrainerCallback):
@@ -457,7 +471,8 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, num_skipped: in
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         if trainer.interruption.is_stopping:
             end_interrupted_run(trainer)
-        metrics |= {"train_samples": len(trainer.train_dataset), "skipped_files": num_skipped}
+        dataset = trainer.train_dataset
+        metrics |= {"train_samples": getattr(dataset, "num_samples", len(dataset)), "skipped_files": num_skipped}
         trainer.save_model()
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)

@@ -36,7 +36,9 @@ from clusterformer_hf.data.augmentation import (
     EvalTransform,
     TrainTransform,
 )
+from clusterformer_hf.data.shards import find_shards, load_whole
 from clusterformer_hf.data.smoke import smoke_digits
+from clusterformer_hf.data.streaming import StreamingDataset
 from clusterformer_hf.metrics.accuracy import ClassificationAccuracy
 from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import (
@@ -80,6 +82,13 @@ class DataArguments:
     label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels; found if unset."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many pictures only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many pictures only."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training pictures while training: --dataset_name is a folder of shards (TAR, as "
+            "WebDataset has them, or Parquet) or a data set of them on the Hub."
+        },
+    )
     skip_corrupt: bool = field(
         default=False, metadata={"help": "Leave out files that cannot be read as pictures instead of ending the run."}
     )
@@ -91,17 +100,19 @@ def main(args: list[str] | None = None):
     )
     checkpoint = start_run(training_args)
     with training_args.main_process_first(desc="reading the pictures"):
-        splits, skipped = load_splits(data_args, training_args)
-    class_names = next(iter(splits.values())).features["label"].names
+        load = load_shards if data_args.streaming else load_splits
+        splits, skipped, class_names = load(data_args, training_args)
     model, class_ids = load_model(model_args, class_names, training_args.do_train)
     image_processor = load_image_processor(model_args, model.config)
 
     train_dataset = eval_dataset = None
     if "train" in splits:
-        train_transform = TrainTransform(image_processor, augmentation_args)
-        train_dataset = data.ImageClassificationDataset(
-            splits["train"], train_transform, class_ids, seed=training_args.seed
-        )
+        parts = (splits["train"], TrainTransform(image_processor, augmentation_args), class_ids, training_args.seed)
+        if data_args.streaming:
+            place = (training_args.train_batch_size, training_args.process_index, training_args.world_size)
+            train_dataset = StreamingDataset(*parts, *place)
+        else:
+            train_dataset = data.ImageClassificationDataset(*parts)
     if "validation" in splits:
         eval_dataset = data.ImageClassificationDataset(splits["validation"], EvalTransform(image_processor), class_ids)
 
@@ -125,7 +136,7 @@ def main(args: list[str] | None = None):
 
 
 def load_splits(data_args: DataArguments, training_args: ClusterFormerTrainingArguments):
-    """The pictures and labels that are used, checked, and a line for each file that was left out."""
+    """The pictures and labels that are used, checked, a line for each file that was left out, and the classes."""
     splits, unread = data.load_pictures(
         data_args.dataset_name, data_args.dataset_config_name, data_args.train_dir, data_args.validation_dir
     )
@@ -146,9 +157,30 @@ def load_splits(data_args: DataArguments, training_args: ClusterFormerTrainingAr
         if limit is not None:
             splits[split] = splits[split].shuffle(seed=training_args.seed).select(range(min(limit, len(splits[split]))))
     splits = data.DatasetDict({split: splits[split] for split in limits})
-    return data.drop_corrupt(
-        splits, unread, data_args.skip_corrupt, num_proc=training_args.dataloader_num_workers or None
-    )
+    num_proc = training_args.dataloader_num_workers or None
+    splits, skipped = data.drop_corrupt(splits, unread, data_args.skip_corrupt, num_proc)
+    return splits, skipped, next(iter(splits.values())).features["label"].names
+
+
+def load_shards(data_args: DataArguments, training_args: ClusterFormerTrainingArguments):
+    """The same for shards: those for training, and all pictures of those for validation. Nothing is left out."""
+    refused = ("train_dir", "validation_dir", "max_train_samples", "skip_corrupt")
+    given = [f"--{name}" for name in refused if getattr(data_args, name)]
+    if given or data_args.dataset_name is None:
+        raise ValueError(f"--streaming needs --dataset_name and takes no {', '.join(given or refused)}.")
+    found = find_shards(data_args.dataset_name, data_args.dataset_config_name)
+    splits = {}
+    for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
+        if wanted and split not in found:
+            raise ValueError(f"There are no shards for {split} in {data_args.dataset_name}.")
+        if wanted:
+            splits[split] = found[split]
+    if "validation" in splits:
+        splits["validation"] = load_whole(splits["validation"])
+        if data_args.max_eval_samples is not None:
+            rows = range(min(data_args.max_eval_samples, len(splits["validation"])))
+            splits["validation"] = splits["validation"].shuffle(seed=training_args.seed).select(rows)
+    return splits, [], next(iter(found.values())).class_names
 
 
 def load_model(model_args: ModelArguments, class_names: list[str], do_train: bool):

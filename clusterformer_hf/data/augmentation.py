@@ -36,6 +36,13 @@ class AugmentationArguments:
         default=0.08, metadata={"help": "Smallest share of the area that a random crop keeps; 1 keeps all of it."}
     )
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a mirrored picture."})
+    affine: float = field(
+        default=0.0,
+        metadata={
+            "help": "Largest random turn, in degrees; pictures are also moved, scaled and sheared a little. 0 is off. "
+            "For digits and drawings."
+        },
+    )
     randaugment_magnitude: int = field(default=0, metadata={"help": "Strength of RandAugment, 0 (off) to 30."})
     randaugment_num_ops: int = field(default=2, metadata={"help": "Changes that RandAugment makes to a picture."})
     random_erasing: float = field(default=0.0, metadata={"help": "Probability that a rectangle is blanked out."})
@@ -46,7 +53,7 @@ class AugmentationArguments:
 
     def __post_init__(self):
         ranges = dict.fromkeys(("crop_scale", "horizontal_flip", "random_erasing"), (0, 1))
-        ranges |= {"randaugment_magnitude": (0, 30), "randaugment_num_ops": (1, 16)}
+        ranges |= {"affine": (0, 180), "randaugment_magnitude": (0, 30), "randaugment_num_ops": (1, 16)}
         ranges |= {"mixup_alpha": (0, float("inf")), "cutmix_alpha": (0, float("inf"))}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
@@ -79,6 +86,9 @@ class TrainTransform:
         transforms = [v2.RandomResizedCrop(size, scale=(args.crop_scale, 1.0), interpolation=resample)]
         if args.horizontal_flip > 0:
             transforms.append(v2.RandomHorizontalFlip(args.horizontal_flip))
+        if args.affine > 0:
+            moves = {"translate": (0.1, 0.1), "scale": (0.85, 1.15), "shear": args.affine * 2 / 3}
+            transforms.append(v2.RandomAffine(args.affine, **moves, interpolation=v2.InterpolationMode.BILINEAR))
         if args.randaugment_magnitude > 0:
             transforms.append(v2.RandAugment(args.randaugment_num_ops, args.randaugment_magnitude))
         self.augment = v2.Compose(transforms)

@@ -25,7 +25,7 @@ from .digits import write_digits
 def smoke_digits(folder: Path) -> dict:
     """Writes forty digits for training and ten for validation; returns the flags that read them."""
     _write_once(folder, lambda: write_digits(folder, 40, 10))
-    return {"dataset_name": str(folder), "train_dir": None, "validation_dir": None}
+    return {"dataset_name": str(folder), "train_dir": None, "validation_dir": None, "streaming": False}
 
 
 def smoke_scenes(folder: Path) -> dict:
