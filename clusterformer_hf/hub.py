@@ -14,6 +14,7 @@
 """A complete repository for the Hub from a trained model, and its upload."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from .provenance import read_for
 
 EXAMPLE_NAME = "example.png"
 RESULTS_NAME = "eval_results.json"
+PICTURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+)\)")  # of the same folder, in Markdown
 # What Auto classes load each model from its repository, where this package is not installed, beside AutoModel and
 # AutoBackbone. Pipelines take the first that they find, so a class that would read the weights in another way is not
 # named.
@@ -79,7 +81,7 @@ def export_repository(
         out_dir: A new or an empty folder.
         repo_id: `USER/NAME`, where the code of README.md loads the model from.
         results: The JSON file of the model's evaluation. Without it README.md has no numbers.
-        record: The `training_record.json` of the model's training.
+        record: The `training_record.json` of the model's training. Pictures beside it that it shows are taken too.
         example: A picture that may be published. Without it one is drawn.
         license: The weights' license, by its name on the Hub.
         max_shard_size: Weights of more bytes (a number, or as `"5GB"`) are split into files of this size.
@@ -104,6 +106,8 @@ def export_repository(
     write_auto_map(model, out_dir / CONFIG_NAME)
     if numbers is not None:
         shutil.copyfile(results, out_dir / RESULTS_NAME)
+    for name in PICTURE.findall(training.data) if training is not None else ():
+        shutil.copyfile(Path(record).with_name(name), out_dir / name)
     (example or draw_example(model.config.image_size)).convert("RGB").save(out_dir / EXAMPLE_NAME)
     card = render_model_card(model, repo_id, training, numbers, license, EXAMPLE_NAME)
     card.save(out_dir / "README.md")

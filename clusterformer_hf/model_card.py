@@ -14,6 +14,7 @@
 """Model cards: of a training's own folder, and of a repository on the Hub."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def render_model_card(
         "is_ours": is_ours,
         "trust": ", trust_remote_code=True" if is_ours else "",
     }
+    tables = results_tables(results, set(map(str, model.config.id2label.values())))
     data = ModelCardData(
         base_model=record.base_model,
         datasets=record.datasets or None,
@@ -134,11 +136,12 @@ def render_model_card(
         template_path=TEMPLATES / "card.md",
         usage=Template((TEMPLATES / f"{template}.md").read_text(encoding="utf-8")).render(values),
         architecture=architecture(model.config) if is_ours else None,
-        results=results_table(results),
+        results=tables[0],
+        class_results=tables[1],
         measured=results and results[PROVENANCE],
         num_samples=results and results.get("eval_samples"),
         record=record,
-        course=make_markdown_table(record.course),
+        course=make_markdown_table(without_empty_columns(record.course)),
         **values,
     )
 
@@ -180,7 +183,7 @@ def name_classes(model: PreTrainedModel) -> str:
     """A sentence with the classes that a model knows; empty for a backbone."""
     if model_task(model) == BACKBONE:
         return "It gives features and no answers: it is made to be trained further."
-    names = [str(name) for name in model.config.id2label.values()]
+    names = list(map(str, model.config.id2label.values()))
     more = f" and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
     return f"It knows {len(names)} classes: {', '.join(names[:MAX_CLASSES])}{more}."
 
@@ -191,10 +194,21 @@ def measured_numbers(results: dict | None) -> dict[str, float]:
     return {name: results[key] for key, name in names.items() if name not in NO_METRICS and results[key] != -1}
 
 
-def results_table(results: dict | None) -> str:
-    """Markdown; empty without results. Names of classes may hold what ends a cell."""
-    rows = measured_numbers(results).items()
-    return make_markdown_table([{"Metric": name.replace("|", r"\|"), "Value": value} for name, value in rows])
+def results_tables(results: dict | None, class_names: Iterable[str]) -> tuple[str, str]:
+    """Markdown of the numbers of all classes together and of each class; empty without results."""
+    rows, class_rows = [], []
+    for name, value in measured_numbers(results).items():
+        is_of_class = name.partition("_")[2] in class_names
+        # Names of classes may hold what ends a cell.
+        (class_rows if is_of_class else rows).append({"Metric": name.replace("|", r"\|"), "Value": value})
+    return make_markdown_table(rows), make_markdown_table(class_rows)
+
+
+def without_empty_columns(course: list[dict]) -> list[dict]:
+    """pycocotools has -1 where there is nothing to measure."""
+    return [
+        {name: value for name, value in row.items() if any(other.get(name) != -1 for other in course)} for row in course
+    ]
 
 
 def eval_results(results: dict | None, task: str) -> list[EvalResult]:

@@ -62,9 +62,8 @@ def provenance(model: nn.Module, dataset: str | None) -> dict[str, str | None]:
 
 
 def command() -> str:
-    """The command line of this process, without tokens."""
-    script = Path(sys.argv[0]).resolve()
-    script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else Path(script.name)
+    """The command line of this process, without tokens; of its script the last folder and the name."""
+    script = Path(*Path(sys.argv[0]).absolute().parts[-2:])
     words, hides = [], False
     for word in sys.argv[1:]:
         flag = TOKEN_FLAG.fullmatch(word)

@@ -33,6 +33,7 @@ from transformers import AutoImageProcessor, HfArgumentParser
 import clusterformer_hf
 from clusterformer_hf import ClusterFormerConfig
 from clusterformer_hf.hub import AUTO_CLASSES, RESULTS_NAME, HubError, check_repo_id, export_repository, publish
+from clusterformer_hf.loading import summarise
 from clusterformer_hf.model_card import RECORD_NAME
 from clusterformer_hf.provenance import ForeignResultsError
 
@@ -55,17 +56,23 @@ def load_model(folder: Path):
     The model that was saved in a folder, as its own class. Only safetensors are read.
 
     Raises:
-        `ValueError`: if there is none.
+        `ValueError`: if there is none, or it has not all weights.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model {folder} is no folder of a saved model: it has no config.json.")
     names = ClusterFormerConfig.from_pretrained(folder).architectures or []
     if len(names) != 1 or names[0] not in AUTO_CLASSES:
         raise ValueError(f"--model {folder} is no ClusterFormer: its config names {names}.")
+    model_class = getattr(clusterformer_hf, names[0])
     try:
-        return getattr(clusterformer_hf, names[0]).from_pretrained(folder, use_safetensors=True)
+        model, report = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except OSError as error:
         raise ValueError(f"--model {folder} has no weights as safetensors: {error}") from error
+    misfits = {name: sorted(map(str, report[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
+    misfits = [f"{name}: {summarise(keys)}" for name, keys in misfits.items() if keys]
+    if misfits:
+        raise ValueError(f"--model {folder} holds other weights than {names[0]} has. {'; '.join(misfits)}.")
+    return model
 
 
 def load_image_processor(folder: Path):

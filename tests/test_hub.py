@@ -27,7 +27,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     DeformableDetrImageProcessor,
     Mask2FormerImageProcessor,
@@ -118,7 +118,10 @@ def save_run(kind: str, folder: Path):
     results["provenance"] = provenance(model, "someone/pictures")
     (folder / "eval_results.json").write_text(json.dumps(results))
     course = [{"Training Loss": 2.0, "Epoch": 1.0, "Step": 4, "Validation Loss": 1.75}]
-    record = TrainingRecord("Trained for a test.", "It knows two classes.", "Eight pictures.", course=course)
+    record = TrainingRecord(
+        "Trained for a test.", "It knows two classes.", "Eight.\n\n![Course](curves.png)", course=course
+    )
+    Image.new("RGB", (8, 8)).save(folder / "curves.png")
     record.datasets, record.hyperparameters = ["someone/pictures"], {"learning_rate": 0.001}
     record.save(folder / "training_record.json", model)
 
@@ -252,7 +255,7 @@ def test_folder_loads_alone(kind, exported, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_files(kind, exported):
     names = {path.name for path in exported[kind].iterdir()}
-    data = {"README.md", "config.json", "eval_results.json", "example.png", "model.safetensors"}
+    data = {"README.md", "config.json", "eval_results.json", "example.png", "curves.png", "model.safetensors"}
     assert names == data | {"preprocessor_config.json"} | MODELLING_FILES
     auto_map = json.loads((exported[kind] / "config.json").read_text())["auto_map"]
     assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoBackbone", *AUTO_CLASSES[kind]}
@@ -339,13 +342,20 @@ def test_card(kind, exported):
     shown = {name: value for name, value in METRICS[kind].items() if value != -1 and "dog" not in name}
     assert numbers == {name.removeprefix("eval_"): value for name, value in shown.items()}
     assert {result.dataset_type for result in data.eval_results or []} <= {"someone/pictures"}
-    for text in ("Trained for a test.", "It knows two classes.", "Eight pictures.", "learning_rate: 0.001", "1.75"):
+    for text in (
+        "Trained for a test.",
+        "It knows two classes.",
+        "![Course](curves.png)",
+        "learning_rate: 0.001",
+        "1.75",
+    ):
         assert text in card.text
     results = card.text.split("## Results")[1].split("## Limits")[0]
     assert "On 8 pictures of `someone/pictures`" in results and torch.__version__ in results
     assert provenance(build(kind), None)["command"] in results
     table = [line for line in results.splitlines() if line.startswith("|")]
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1  # as many cells in each row
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {3}  # two cells in each row
+    assert ("<summary>Each class</summary>" in results) == (kind == "detector")
     assert "APl" not in results and "{" not in results + card.text.split("## Limits")[1].split("## Citation")[0]
     # Saved and read again it is the same, as for huggingface_hub's own checks.
     assert ModelCard(str(card)).data.to_dict() == data.to_dict()
@@ -542,13 +552,18 @@ def test_wrong_model_folders(tmp_path, runs, monkeypatch):
     for name in ("empty", "other"):
         (tmp_path / name).mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "clusterformer", "architectures": ["SwinModel"]}')
-    KINDS["classifier"][0](ClusterFormerConfig(**NANO)).save_pretrained(tmp_path / "plain")
+    build("classifier").save_pretrained(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "half")
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    del weights["classifier.bias"]
+    save_file(weights, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "broken.png").write_bytes(b"no picture")
     run = str(runs["classifier"])
     for flags, message in {
         ("--model=nowhere",): "--model nowhere is no folder of a saved model: it has no config.json.",
         ("--model=empty",): "--model empty is no folder of a saved model",
         ("--model=other",): "--model other is no ClusterFormer: its config names \\['SwinModel'\\].",
+        ("--model=half",): "--model half holds other weights than .*Classification has. missing: classifier.bias.",
         ("--model=plain",): "--model plain has no image processor; save one to it",
         (f"--model={run}", "--example=broken.png"): "--example broken.png cannot be read as a picture",
     }.items():
