@@ -21,8 +21,10 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 from huggingface_hub import ModelCard
 
 
@@ -78,6 +80,23 @@ class LocalHub(ThreadingHTTPServer):
         finally:
             self.shutdown()
             self.server_close()
+
+    @contextmanager
+    def connected(self, monkeypatch, home: Path):
+        """Runs it, and huggingface_hub's client in this process uses it and nothing of this machine's."""
+        with self.running():
+            settings = {
+                "ENDPOINT": self.url,
+                "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+                "HF_HUB_OFFLINE": False,
+                "HF_HUB_DISABLE_XET": True,  # the transfer of large files that this Hub does not know
+                "HF_TOKEN_PATH": str(home / "token"),
+                "HF_HUB_CACHE": str(home / "cache"),
+            }
+            for name, value in settings.items():
+                monkeypatch.setattr(huggingface_hub.constants, name, value)
+            yield self
+        huggingface_hub.close_session()
 
     def handle_error(self, request, client_address):
         """Clients that are killed are part of the tests."""

