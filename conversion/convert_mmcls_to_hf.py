@@ -33,8 +33,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import StrictDataclassError
 from mmcls_checkpoint import ReleasedCheckpoint, fields_from_shapes, read_checkpoint
 from mmcls_config import VARIANTS, AuthorsConfig, interpret, read_config_file, read_config_text
 from mmcls_keys import ConversionError, check_keys, key_names, parameter_shapes
@@ -43,6 +42,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
 from clusterformer_hf.configuration_clusterformer import as_pair
+from clusterformer_hf.hub import HubError, check_repo_id, export_repository, publish
+from clusterformer_hf.model_card import RECORD_NAME, TrainingRecord, describe, name_classes
 from clusterformer_hf.modeling_clusterformer import check_released_input
 
 
@@ -85,8 +86,9 @@ def convert(arguments: ConversionArguments) -> dict:
     if output_dir.exists() and not output_dir.is_dir():
         raise ConversionError(f"--output-dir {output_dir} is a file.")
     try:
-        validate_repo_id(arguments.push_to_hub)  # now and not after the work
-    except HFValidationError as error:
+        if arguments.push_to_hub is not None:
+            check_repo_id(arguments.push_to_hub)  # now and not after the work
+    except ValueError as error:
         raise ConversionError(f"--push-to-hub: {error}") from error
     checkpoint = read_checkpoint(arguments.checkpoint)
     fields = fields_from_shapes(checkpoint)
@@ -107,9 +109,17 @@ def convert(arguments: ConversionArguments) -> dict:
     processor = build_image_processor(config, sources)
     write(model, processor, report, output_dir)
     if arguments.push_to_hub is not None:
-        model.push_to_hub(arguments.push_to_hub)
-        processor.push_to_hub(arguments.push_to_hub)
+        upload(model, processor, output_dir, arguments.push_to_hub)
     return report
+
+
+def upload(model, processor, output_dir: Path, repo_id: str):
+    """Makes the repository of what was written, with its model card, and publishes it."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            publish(export_repository(model, processor, folder, repo_id, record=output_dir / RECORD_NAME), repo_id)
+    except HubError as error:
+        raise ConversionError(f"The model is in {output_dir}. {error}") from error
 
 
 def read_authors_configs(arguments, checkpoint: ReleasedCheckpoint, fields: dict, report: dict) -> list[AuthorsConfig]:
@@ -307,6 +317,11 @@ def write(model, processor, report: dict, output_dir: Path):
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        TrainingRecord(
+            description=f"{describe(model)} Converted from a checkpoint of the authors' code.",
+            limits=name_classes(model),
+            data="The checkpoint does not say what it was trained on.",
+        ).save(Path(folder, RECORD_NAME), model)
         Path(folder, "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         output_dir.mkdir(exist_ok=True)
         for file in Path(folder).iterdir():

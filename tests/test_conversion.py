@@ -21,12 +21,11 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
@@ -39,6 +38,7 @@ from clusterformer_hf import (
     ClusterFormerForImageClassification,
     clustering_clusterformer,
 )
+from tests.local_hub import LocalHub
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -917,18 +917,20 @@ def test_depths_count_only_blocks(released, tmp_path):
 
 
 def test_push_to_hub(tmp_path, monkeypatch):
-    """What is uploaded, with the Hub's client replaced: this test has no network."""
-    uploads = {}
-
-    def create_commit(self, repo_id, operations, **kwargs):
-        uploads.setdefault(repo_id, set()).update(operation.path_in_repo for operation in operations)
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    to_hf(FILES["framework"], tmp_path / "model", "--push-to-hub", "someone/clusterformer")
-    assert set(uploads) == {"someone/clusterformer"}
-    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= uploads["someone/clusterformer"]
-    assert (tmp_path / "model" / "model.safetensors").exists()
+    """A whole repository, to a Hub on this machine; without a token the model is there and the error says so."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with LocalHub({"hf_token": ["someone"]}).connected(monkeypatch, tmp_path) as hub:
+        with pytest.raises(ConversionError, match="The model is in .*model. There is no token"):
+            to_hf(FILES["framework"], tmp_path / "model", "--push-to-hub", "someone/clusterformer")
+        assert (tmp_path / "model" / "model.safetensors").exists() and not hub.repositories
+        monkeypatch.setenv("HF_TOKEN", "hf_token")
+        to_hf(FILES["framework"], tmp_path / "model", "--push-to-hub", "someone/clusterformer")
+    repository = hub.repositories["someone/clusterformer"]
+    files = repository.commits[repository.branches["main"]]
+    assert len(repository.commits) == 2  # all in one
+    assert files["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert files.keys() > {"config.json", "preprocessor_config.json", "modeling_clusterformer.py", "README.md"}
+    assert b"Converted from a checkpoint of the authors' code" in files["README.md"]
 
 
 def test_scripts_run_as_plain_files(tmp_path):
