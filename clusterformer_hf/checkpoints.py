@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Holds checkpoints while they are written or deleted, beside the whole ones and on the same disk.
 UNFINISHED_FOLDER = ".unfinished"
+# The optimizer's state: whole, and as FSDP writes it, whole or in parts.
+OPTIMIZER_NAMES = (OPTIMIZER_NAME, "optimizer.bin", "optimizer_0")
 
 
 def publish(unfinished: Path, folder: Path):
@@ -112,9 +114,11 @@ def checkpoint_problem(folder: str | Path) -> str | None:
     folder = Path(folder)
     if not folder.is_dir():
         return "no such folder"
-    for name in (TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME):
+    for name in (TRAINER_STATE_NAME, SAFE_WEIGHTS_NAME, SCHEDULER_NAME):
         if not (folder / name).is_file():
             return f"{name} is missing"
+    if not any((folder / name).exists() for name in OPTIMIZER_NAMES):
+        return f"{OPTIMIZER_NAMES[0]} is missing"
     if not any(folder.glob("rng_state*.pth")):
         return "the state of the random numbers is missing"
     try:
@@ -125,7 +129,7 @@ def checkpoint_problem(folder: str | Path) -> str | None:
         safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt")
     except SafetensorError:
         return f"{SAFE_WEIGHTS_NAME} is truncated"
-    for path in [*folder.glob("*.pt"), *folder.glob("rng_state*.pth")]:
+    for path in [*folder.glob("*.pt"), *folder.glob("*.bin"), *folder.glob("rng_state*.pth")]:
         if not zipfile.is_zipfile(path):
             return f"{path.name} is truncated"
     return None

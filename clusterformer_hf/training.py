@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -127,6 +127,11 @@ class ClusterFormerTrainer(Trainer):
         self.average: AveragedModel | None = None
         self._step_labels: list[torch.Tensor] = []
         self.training_log = TrainingLog()
+        if self.args.fsdp and self.args.world_size > 1 and not self.is_fsdp_enabled:
+            raise ValueError(f"--fsdp: accelerate shards no model on {self.args.device.type} processes.")
+        if self.is_fsdp_enabled and isinstance(self.model, ClusterFormerPreTrainedModel):
+            # accelerate looks for embeddings that share weights, which models of pictures have none of.
+            self.model.get_input_embeddings = self.model.get_output_embeddings = lambda: None
 
     def train(self, *args, **kwargs):
         with self.interruption.listening():
@@ -262,7 +267,8 @@ class ClusterFormerTrainer(Trainer):
             share = self.args.backbone_learning_rate / self.args.learning_rate  # at every step of a schedule
             numbers["learning_rate_backbone"] = share * learning_rate
         model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, ClusterFormerPreTrainedModel) and model.config.clustering == "recurrent":
+        is_ours = isinstance(model, ClusterFormerPreTrainedModel) and model.config.clustering == "recurrent"
+        if is_ours and not self.is_fsdp_enabled:  # which has whole weights in its own calls only
             numbers |= clustering_health(self.model, self.training_log.watched)
         return numbers
 
@@ -272,8 +278,16 @@ class ClusterFormerTrainer(Trainer):
             return super().evaluation_loop(*args, **kwargs)
 
     def _save(self, *args, **kwargs):
-        with self.averaged_weights():
+        with self.averaged_weights(), own_class(self.model):
             super()._save(*args, **kwargs)
+
+    def whole_model(self) -> PreTrainedModel:
+        """The model with all weights in this process; where processes share them, the one that was saved."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_fsdp_enabled:
+            return model
+        with own_class(model):
+            return type(model).from_pretrained(self.args.output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
@@ -349,11 +363,22 @@ class ClusterFormerTrainer(Trainer):
             summary.hyperparameters |= settings or {}
             _restore_names(summary, self.state.log_history)
             record = TrainingRecord.from_summary(summary, description, limits, data)
-            folder, model = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
+            folder, model = Path(self.args.output_dir), self.whole_model()
             record.save(folder / RECORD_NAME, model)
             location = (self.hub_model_id if self.args.push_to_hub else None) or self.args.output_dir
             results = own_results(folder / "eval_results.json", model)
             render_model_card(model, location, record, results, summary.license).save(folder / "README.md")
+
+
+@contextmanager
+def own_class(model: torch.nn.Module):
+    """Inside, a sharded model is of its own class, and not of the one that FSDP makes of it."""
+    sharded = type(model)
+    model.__class__ = next(each for each in sharded.__mro__ if not each.__name__.startswith("FSDP"))
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
 
 
 def own_results(path: Path, model) -> dict | None:
@@ -474,11 +499,12 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, num_skipped: in
         dataset = trainer.train_dataset
         metrics |= {"train_samples": getattr(dataset, "num_samples", len(dataset)), "skipped_files": num_skipped}
         trainer.save_model()
+        trainer.accelerator.wait_for_everyone()
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         trainer.save_state()
     if trainer.args.do_eval:
-        origin = provenance(trainer.accelerator.unwrap_model(trainer.model), source)
+        origin = provenance(trainer.whole_model(), source)
         metrics = trainer.evaluate() | {"eval_samples": len(trainer.eval_dataset)}
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics | {PROVENANCE: origin})

