@@ -10,7 +10,8 @@ OLDEST_INSTALLED = $(OLDEST_VENV)/.clusterformer-installed
 PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 .DEFAULT_GOAL = help
-.PHONY: help install demo demo-detection demo-segmentation test style quality conformance conformance-min benchmark clean
+.PHONY: help install demo demo-detection demo-segmentation test test-slurm test-interruptions style quality conformance \
+	conformance-min benchmark clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 18
