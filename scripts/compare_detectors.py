@@ -17,23 +17,16 @@ How fast detectors of one size learn: ClusterFormer beside DETR, Deformable DETR
     python scripts/compare_detectors.py --models clusterformer rt_detr --seeds 0 --cpu_minutes 60
 
 Every model sees digit scenes in the same order with the same augmentation, in batches of one size, for the same budget
-of processor time (60 minutes are half an hour on two cores), which other work on the machine does not shorten. The
-learning rate falls to zero over the budget. Each finished run is added to `--output`, so runs may be done one by one,
-in any order and on several days; a run that is in the file is not repeated. The table is made from the file.
+of processor time: 60 minutes are half an hour on two cores. See `learning_curves.py` for what that means, and for the
+file of finished runs that the table is made from.
 """
 
-import json
-import math
-import os
-import platform
-import time
 from dataclasses import dataclass, field
-from datetime import datetime
+from functools import partial
 from pathlib import Path
-from statistics import mean
 
 import torch
-import transformers
+from learning_curves import ComparisonArguments, add_missing_runs, chosen_models, learning_curve, markdown
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
@@ -73,17 +66,7 @@ TRANSFORMER = {
 
 
 @dataclass
-class Arguments:
-    models: list[str] = field(
-        default_factory=lambda: list(MODELS), metadata={"help": "clusterformer, detr, deformable_detr, rt_detr."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the weights and the order."})
-    cpu_minutes: float = field(default=60.0, metadata={"help": "Processor time for training a model, all cores."})
-    size: int = field(default=96, metadata={"help": "Side of the scenes in pixels."})
-    num_train: int = field(default=3000, metadata={"help": "Training scenes."})
-    num_test: int = field(default=300, metadata={"help": "Test scenes."})
-    batch_size: int = field(default=16, metadata={"help": "Scenes a step."})
-    num_evaluations: int = field(default=6, metadata={"help": "Points of the learning curve, the last included."})
+class Arguments(ComparisonArguments):
     output: Path = field(default=Path("outputs/compare_detectors.json"), metadata={"help": "Results file, added to."})
 
 
@@ -110,9 +93,19 @@ def resnet(**kwargs) -> ResNetConfig:
     return ResNetConfig(embedding_size=32, hidden_sizes=WIDTHS, depths=DEPTHS, layer_type="basic", **kwargs)
 
 
+def with_trained_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """DETR and Deformable DETR freeze their backbone's norms, which suits pretrained weights only."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__.endswith("FrozenBatchNorm2d"):
+                setattr(parent, name, torch.nn.BatchNorm2d(len(child.weight)))
+    return model
+
+
 def detr(size: int) -> PreTrainedModel:
     backbone = resnet(out_features=["stage4"])
-    return DetrForObjectDetection(DetrConfig(backbone_config=backbone, encoder_layers=LAYERS, **TRANSFORMER))
+    config = DetrConfig(backbone_config=backbone, encoder_layers=LAYERS, auxiliary_loss=True, **TRANSFORMER)
+    return with_trained_norms(DetrForObjectDetection(config))
 
 
 def deformable_detr(size: int) -> PreTrainedModel:
@@ -121,9 +114,10 @@ def deformable_detr(size: int) -> PreTrainedModel:
         encoder_layers=1,
         num_feature_levels=3,
         with_box_refine=True,
+        auxiliary_loss=True,
         **TRANSFORMER,
     )
-    return DeformableDetrForObjectDetection(config)
+    return with_trained_norms(DeformableDetrForObjectDetection(config))
 
 
 def rt_detr(size: int) -> PreTrainedModel:
@@ -217,7 +211,6 @@ def ground_truth(test: Scenes) -> dict:
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, processor, test: Scenes) -> dict[str, float]:
-    model.eval()
     results = []
     for start in range(0, len(test), 50):
         indices = range(start, min(start + 50, len(test)))
@@ -228,103 +221,29 @@ def evaluate(model: PreTrainedModel, processor, test: Scenes) -> dict[str, float
             boxes = box_convert(detection["boxes"], "xyxy", "xywh").tolist()
             for score, label, box in zip(detection["scores"].tolist(), detection["labels"].tolist(), boxes):
                 results.append({"image_id": i, "category_id": label, "score": score, "bbox": box})
-    model.train()
     statistics = average_precision(ground_truth(test), results)
     return {name: statistics[name] for name in ("AP", "AP50", "AP75")}
 
 
-def train(name: str, seed: int, args: Arguments, train_scenes: Scenes, test_scenes: Scenes) -> dict:
-    """Trains a model within the budget; returns its learning curve and what it cost."""
+def train(name: str, seed: int, args: Arguments, train_scenes: Scenes, test_scenes: Scenes) -> tuple:
+    """The trained model and its learning curve."""
     build, learning_rate, processor_class = MODELS[name]
     set_seed(seed)
-    model, processor = build(args.size).train(), processor_class()
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=learning_rate
-    )
+    model = build(args.size)
     sampler = torch.utils.data.RandomSampler(train_scenes, generator=torch.Generator().manual_seed(seed))
     loader = torch.utils.data.DataLoader(
         train_scenes, args.batch_size, sampler=sampler, collate_fn=collate, drop_last=True
     )
-    budget, spent, samples, curve, start = 60 * args.cpu_minutes, 0.0, 0, [], time.perf_counter()
-    while spent < budget:
-        for batch in loader:
-            clock = time.process_time()
-            progress = spent / budget
-            warm_up = min(1.0, (samples + args.batch_size) / (150 * args.batch_size))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * progress))
-            model(**batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            samples += args.batch_size
-            spent += time.process_time() - clock
-            if spent >= budget * (len(curve) + 1) / args.num_evaluations:
-                curve.append({"samples": samples, "cpu_minutes": spent / 60, **evaluate(model, processor, test_scenes)})
-                print(name, seed, curve[-1], flush=True)
-            if spent >= budget:
-                break
-    return {
-        "model": name,
-        "seed": seed,
-        "size": args.size,
-        "cpu_minutes": args.cpu_minutes,
-        "parameters": model.num_parameters(),
-        "learning_rate": learning_rate,
-        "minutes": (time.perf_counter() - start) / 60,
-        "curve": curve,
-        "machine": {
-            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
+    scores = partial(evaluate, model, processor_class(), test_scenes)
+    return model, learning_curve(model, loader, learning_rate, args, scores)
 
 
-def markdown(runs: list[dict]) -> str:
-    """One line a model: means over its seeds at the end of the budget, and AP along the way."""
-    lines = [
-        "| model | parameters | samples seen | seeds | AP | AP50 | AP75 | AP along the way |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name in dict.fromkeys(run["model"] for run in runs):
-        own = [run for run in runs if run["model"] == name]
-        last = [run["curve"][-1] for run in own]
-        along = [mean(point["AP"] for point in points) for points in zip(*(run["curve"][:-1] for run in own))]
-        cells = [
-            name,
-            f"{own[0]['parameters'] / 1e6:.2f}M",
-            f"{mean(point['samples'] for point in last):,.0f}",
-            str(len(own)),
-            *(f"{mean(point[key] for point in last):.3f}" for key in ("AP", "AP50", "AP75")),
-            " ".join(f"{value:.3f}" for value in along),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main():
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    unknown = [name for name in args.models if name not in MODELS]
-    if unknown:
-        raise ValueError(f"--models {unknown}: choose from {list(MODELS)}.")
-    runs = json.loads(args.output.read_text()) if args.output.exists() else []
-    settings = {"size": args.size, "cpu_minutes": args.cpu_minutes}
-    done = {(run["model"], run["seed"]) for run in runs if settings.items() <= run.items()}
-    train_scenes, test_scenes = Scenes("train", args.num_train, args.size), Scenes("test", args.num_test, args.size)
-    for seed in args.seeds:
-        for name in args.models:
-            if (name, seed) in done:
-                continue
-            runs.append(train(name, seed, args, train_scenes, test_scenes))
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(runs, indent=2) + "\n")
-    print(markdown([run for run in runs if settings.items() <= run.items()]))
+def main(args: list[str] | None = None):
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args)
+    models = chosen_models(args, MODELS)
+    scenes = Scenes("train", args.num_train, args.size), Scenes("test", args.num_test, args.size)
+    runs = add_missing_runs(models, args, lambda name, seed: train(name, seed, args, *scenes))
+    print(markdown(runs, ["AP", "AP50", "AP75"]))
 
 
 if __name__ == "__main__":

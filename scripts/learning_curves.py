@@ -1,0 +1,177 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What the comparisons of learning share: training within a budget of processor time, a file of finished runs, a table.
+
+Every model gets the same budget of processor time, which other work on the machine does not shorten, and sees the same
+pictures in the same order. The learning rate falls to zero over the budget. Each finished run is added to a file, so
+runs may be done one by one, in any order and on several days; a run that is in the file is not repeated.
+"""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from statistics import mean
+
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+
+WARM_UP_STEPS = 150
+WEIGHT_DECAY = 0.05
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass
+class ComparisonArguments:
+    """Command line of a comparison."""
+
+    models: list[str] = field(default_factory=list, metadata={"help": "Which ones; all if not given."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the weights and the order."})
+    cpu_minutes: float = field(default=60.0, metadata={"help": "Processor time for training a model, all cores."})
+    size: int = field(default=96, metadata={"help": "Side of the scenes in pixels."})
+    num_train: int = field(default=3000, metadata={"help": "Training scenes."})
+    num_test: int = field(default=300, metadata={"help": "Test scenes."})
+    batch_size: int = field(default=16, metadata={"help": "Scenes a step."})
+    num_evaluations: int = field(default=6, metadata={"help": "Points of the learning curve, the last included."})
+    output: Path | None = field(default=None, metadata={"help": "Results file, added to."})
+
+    def settings(self) -> dict:
+        """What runs must have in common to stand in one table."""
+        return {name: getattr(self, name) for name in ("cpu_minutes", "size", "num_train", "num_test", "batch_size")}
+
+
+def learning_curve(
+    model: PreTrainedModel,
+    loader: DataLoader,
+    learning_rate: float,
+    args: ComparisonArguments,
+    evaluate: Callable[[], dict[str, float]],
+    start_epoch: Callable[[int], None] = lambda epoch: None,
+) -> list[dict]:
+    """
+    Trains a model for `args.cpu_minutes` and evaluates it `args.num_evaluations` times on the way.
+
+    Returns:
+        For each evaluation the samples seen, the processor time in minutes and what `evaluate` returned.
+    """
+    model.train()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    budget, spent, steps, epoch, curve = 60 * args.cpu_minutes, 0.0, 0, 0, []
+    while spent < budget:
+        start_epoch(epoch)
+        for batch in loader:
+            start = time.process_time()
+            factor = min(1.0, (steps + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * spent / budget))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * factor
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+            spent += time.process_time() - start
+            if spent >= budget * (len(curve) + 1) / args.num_evaluations:
+                model.eval()
+                curve.append({"samples": steps * args.batch_size, "cpu_minutes": spent / 60, **evaluate()})
+                model.train()
+                print(curve[-1], flush=True)
+            if spent >= budget:
+                break
+        epoch += 1
+    return curve
+
+
+def add_missing_runs(
+    models: Iterable[str], args: ComparisonArguments, train: Callable[[str, int], tuple[PreTrainedModel, list[dict]]]
+) -> list[dict]:
+    """
+    Calls `train(model, seed)` for the runs that `args.output` lacks, writes each there at once, and returns all runs of
+    these settings. `train` returns the model and its learning curve.
+    """
+    runs = json.loads(args.output.read_text()) if args.output.exists() else []
+    settings = args.settings()
+    done = {(run["model"], run["seed"]) for run in runs if settings.items() <= run.items()}
+    for seed in args.seeds:
+        for name in models:
+            if (name, seed) in done:
+                continue
+            print(f"{name}, seed {seed}", flush=True)
+            start = time.perf_counter()
+            model, curve = train(name, seed)
+            runs.append(
+                {
+                    "model": name,
+                    "seed": seed,
+                    **settings,
+                    "parameters": model.num_parameters(),
+                    "minutes": (time.perf_counter() - start) / 60,
+                    "curve": curve,
+                    "machine": describe_machine(),
+                }
+            )
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(runs, indent=2) + "\n")
+    return [run for run in runs if settings.items() <= run.items()]
+
+
+def describe_machine() -> dict:
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def markdown(runs: list[dict], metrics: list[str]) -> str:
+    """One line a model: means over its seeds at the end of the budget, and the first metric along the way."""
+    titles = ["model", "parameters", "samples seen", "seeds", *metrics, f"{metrics[0]} along the way"]
+    lines = [titles, ["---"] * len(titles)]
+    for name in dict.fromkeys(run["model"] for run in runs):
+        own = [run for run in runs if run["model"] == name]
+        last = [run["curve"][-1] for run in own]
+        along = [mean(point[metrics[0]] for point in points) for points in zip(*(run["curve"][:-1] for run in own))]
+        lines.append(
+            [
+                name,
+                f"{own[0]['parameters'] / 1e6:.2f}M",
+                f"{mean(point['samples'] for point in last):,.0f}",
+                str(len(own)),
+                *(f"{mean(point[metric] for point in last):.3f}" for metric in metrics),
+                " ".join(f"{value:.3f}" for value in along),
+            ]
+        )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def chosen_models(args: ComparisonArguments, known: Iterable[str]) -> list[str]:
+    """Raises `ValueError` for a name that is not known."""
+    unknown = [name for name in args.models if name not in known]
+    if unknown:
+        raise ValueError(f"--models {unknown}: choose from {list(known)}.")
+    return args.models or list(known)

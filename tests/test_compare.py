@@ -1,0 +1,86 @@
+# Copyright 2026 The clusterformer-hf team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The comparisons of learning: they run, go on where they stopped, and their contestants are of one size and learn."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+FLAGS = ["--seeds", "0", "--cpu_minutes", "0.001", "--size", "64", "--num_train", "8", "--num_test", "3"]
+FLAGS += ["--batch_size", "2", "--num_evaluations", "1"]
+
+
+@pytest.fixture(params=["compare_detectors", "compare_segmenters"])
+def script(request, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module(request.param)
+
+
+def test_runs_and_does_not_repeat_what_is_done(script, tmp_path, monkeypatch, capsys):
+    flags = [*FLAGS, "--models", "clusterformer", "--output", str(tmp_path / "runs.json")]
+    if hasattr(script, "METRICS"):
+        flags += ["--scenes", str(tmp_path / "scenes")]
+    script.main(flags)
+    (run,) = json.loads((tmp_path / "runs.json").read_text())
+    assert run["curve"][-1]["samples"] >= 2 and run["curve"][-1]["cpu_minutes"] >= 0.001
+    assert 0 <= run["curve"][-1]["AP50"] <= 1
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert table[-1].startswith(f"| clusterformer | {run['parameters'] / 1e6:.2f}M | ")
+
+    monkeypatch.setattr(script, "train", None)
+    script.main(flags)
+    assert capsys.readouterr().out.splitlines()[-3:] == table
+
+
+def test_unknown_models_are_named(script):
+    with pytest.raises(ValueError, match="yolo.*clusterformer"):
+        script.main(["--models", "yolo"])
+
+
+def test_contestants_are_of_one_size(script):
+    """No peer has fewer than three quarters of our parameters or more than twice as many."""
+    tasks = script.MODELS.values() if hasattr(script, "METRICS") else [script.MODELS]
+    for models in tasks:
+        sizes = {name: entry[0](64).num_parameters() for name, entry in models.items()}
+        for name, size in sizes.items():
+            assert 0.75 < size / sizes["clusterformer"] < 2, (name, sizes)
+
+
+def test_peers_learn_from_every_layer(script):
+    """
+    A training step of each contestant has a finite loss and gradients. Not everywhere: DETR's first layer starts from
+    queries that are zero, and its last has the only loss.
+    """
+    script_is_detection = not hasattr(script, "METRICS")
+    box = {"class_labels": torch.tensor([3]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 20:40, 20:40] = 1
+    for task, models in {"detection": script.MODELS}.items() if script_is_detection else script.MODELS.items():
+        for name, entry in models.items():
+            labels = {
+                "detection": {"labels": [box] * 2},
+                "panoptic": {"mask_labels": [mask] * 2, "class_labels": [torch.tensor([3])] * 2},
+                "semantic": {"labels": mask.long().expand(2, -1, -1)},
+            }[task]
+            model = entry[0](64).train()
+            loss = model(pixel_values=torch.randn(2, 3, 64, 64), **labels).loss
+            loss.backward()
+            trained = [p for p in model.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+            assert torch.isfinite(loss), name
+            assert len(trained) > 0.8 * len(list(model.parameters())), name
