@@ -13,6 +13,7 @@
 # limitations under the License.
 """Model cards: of a training's own folder, and of a repository on the Hub."""
 
+import html
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -120,14 +121,15 @@ def render_model_card(
         "is_ours": is_ours,
         "trust": ", trust_remote_code=True" if is_ours else "",
     }
+    measured = eval_results(results, task)
     tables = results_tables(results, set(map(str, model.config.id2label.values())))
     data = ModelCardData(
         base_model=record.base_model,
         datasets=record.datasets or None,
-        eval_results=eval_results(results, task) or None,
+        eval_results=measured or None,
         library_name="transformers",
         license=license,
-        model_name=name,
+        model_name=name if measured else None,
         pipeline_tag=task,
         tags=[task, "vision", model.config.model_type],
     )
@@ -183,9 +185,14 @@ def name_classes(model: PreTrainedModel) -> str:
     """A sentence with the classes that a model knows; empty for a backbone."""
     if model_task(model) == BACKBONE:
         return "It gives features and no answers: it is made to be trained further."
-    names = list(map(str, model.config.id2label.values()))
+    names = [as_text(str(name)) for name in model.config.id2label.values()]
     more = f" and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
     return f"It knows {len(names)} classes: {', '.join(names[:MAX_CLASSES])}{more}."
+
+
+def as_text(name: str) -> str:
+    """Of the name of a class, which is neither HTML nor ends a cell of a table."""
+    return html.escape(name, quote=False).replace("|", r"\|")
 
 
 def measured_numbers(results: dict | None) -> dict[str, float]:
@@ -199,8 +206,7 @@ def results_tables(results: dict | None, class_names: Iterable[str]) -> tuple[st
     rows, class_rows = [], []
     for name, value in measured_numbers(results).items():
         is_of_class = name.partition("_")[2] in class_names
-        # Names of classes may hold what ends a cell.
-        (class_rows if is_of_class else rows).append({"Metric": name.replace("|", r"\|"), "Value": value})
+        (class_rows if is_of_class else rows).append({"Metric": as_text(name), "Value": value})
     return make_markdown_table(rows), make_markdown_table(class_rows)
 
 

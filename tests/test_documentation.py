@@ -127,16 +127,24 @@ def run_script(path: str, arguments: list[str]):
 def run_command(words: list[str]):
     if words[0] == "make":  # what these run are the tests and the demos
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
-        return
-    assert words[0] == ".venv/bin/python", words
-    name = Path(words[1]).name
-    if name in SHORTER:
-        run_script(words[1], words[2:] + SHORTER[name])
-        return
-    # A command that is too long for a test: its flags must be known.
-    result = subprocess.run([sys.executable, ROOT / words[1], "--help"], check=True, capture_output=True, text=True)
-    for flag in (word.split("=")[0] for word in words[2:] if word.startswith("--")):
-        assert re.search(rf"{flag}\b", result.stdout), f"{words[1]} has no {flag}."
+    elif words[0] == ".venv/bin/python" and Path(words[1]).name in SHORTER:
+        run_script(words[1], words[2:] + SHORTER[Path(words[1]).name])
+    else:
+        check_command(words)
+
+
+def check_command(words: list[str]):
+    """Of a command that is too long for a test: the files of the repository are there, the script has the flags."""
+    assert words[0] in (".venv/bin/python", "torchrun", "sbatch"), words
+    for word in words:
+        assert not word.startswith("scripts/") or (ROOT / word).exists(), f"{word} is not there."
+    script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    flags = [word.split("=")[0] for word in words[script + 1 :] if word.startswith("--")]
+    if flags:
+        command = [sys.executable, ROOT / words[script], "--help"]
+        known = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for flag in flags:
+            assert re.search(rf"{flag}\b", known), f"{words[script]} has no {flag}."
 
 
 @pytest.fixture
@@ -154,7 +162,7 @@ def workplace(tmp_path, monkeypatch):
 def test_readme(workplace):
     """
     Python and scripts run in this process; a training runs with the flags of `SHORTER` behind its own. Of `make` the
-    targets are looked up, and of scripts without an entry in `SHORTER` the flags.
+    targets are looked up, and of launchers and of scripts without an entry in `SHORTER` the files and flags.
     """
     blocks = code_blocks(ROOT / "README.md")
     prepared = set()
@@ -177,6 +185,13 @@ def test_readme(workplace):
     for name in ("mine", "detector", "semantic", "panoptic", "predictions", "converted"):
         assert any(Path("outputs", name).iterdir()), name
     assert Path("back.pth").exists() and Path("stages.png").exists()
+
+    # The cards that the trainings wrote.
+    for name in ("mine", "detector", "semantic", "panoptic"):
+        codes = [text for *_, language, text in code_blocks(Path("outputs", name, "README.md")) if language == "python"]
+        assert len(codes) == 2
+        for text in codes:
+            exec(compile(text, f"outputs/{name}/README.md", "exec"), {"__name__": "card"})
 
 
 def test_links_of_the_documentation():

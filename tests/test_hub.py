@@ -307,7 +307,9 @@ def test_what_is_not_exported(runs, tmp_path):
 
 def test_numbers_need_a_results_file(runs, tmp_path):
     card = ModelCard(export(tmp_path / "without", "classifier"))
-    assert card.data.eval_results is None and "No evaluation of this checkpoint is recorded." in card.text
+    assert card.data.eval_results is None and card.data.model_name is None
+    assert r"It knows 2 classes: cat, dog \| &lt;script&gt;." in card.text
+    assert "No evaluation of this checkpoint is recorded." in card.text
     assert "|" not in card.text.split("## Results")[1].split("## Limits")[0]
 
 
@@ -355,7 +357,10 @@ def test_card(kind, exported):
     assert provenance(build(kind), None)["command"] in results
     table = [line for line in results.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {3}  # two cells in each row
-    assert ("<summary>Each class</summary>" in results) == (kind == "detector")
+    assert (
+        ("<summary>Each class</summary>" in results) == (kind == "detector") == (r"AP_dog \| &lt;script&gt;" in results)
+    )
+    assert "<script>" not in card.text
     assert "APl" not in results and "{" not in results + card.text.split("## Limits")[1].split("## Citation")[0]
     # Saved and read again it is the same, as for huggingface_hub's own checks.
     assert ModelCard(str(card)).data.to_dict() == data.to_dict()
