@@ -15,6 +15,7 @@
 
 import logging
 import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,7 +45,10 @@ class InterruptionCallback(TrainerCallback):
 
     @contextmanager
     def listening(self):
-        """Inside, in the main thread, the signals are noted."""
+        """Inside, the signals are noted; in the main thread only, since others cannot listen to any."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield

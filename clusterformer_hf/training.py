@@ -41,6 +41,7 @@ from .loss_clusterformer import accumulated
 from .model_card import RECORD_NAME, TrainingRecord, render_model_card
 from .modeling_clusterformer import ClusterFormerPreTrainedModel
 from .provenance import PROVENANCE, ForeignResultsError, provenance, read_for
+from .throughput import describe_throughput, measure_throughput
 from .training_log import CURVES_NAME, TrainingLog, clustering_health, draw_curves
 
 
@@ -67,6 +68,10 @@ class ClusterFormerTrainingArguments(TrainingArguments):
             "help": "Evaluate and save an exponential moving average of the weights, which keeps this share of itself "
             "at each step (0.995 for some thousand steps, 0.9998 for a hundred thousand); less in the first steps."
         },
+    )
+    measure_throughput: bool = field(
+        default=False,
+        metadata={"help": "Do not train, but measure samples a second of the loader, the model and both, and end."},
     )
     amsgrad: bool = field(default=False, metadata={"help": "AdamW's AMSGrad form."})
     total_train_batch_size: int | None = field(
@@ -490,6 +495,11 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, num_skipped: in
     Does what the arguments say, saves the model and writes `train_results.json` and `eval_results.json`, which names
     the weights and the data that its numbers are of: `source` is a path or a name on the Hub.
     """
+    if trainer.args.measure_throughput:
+        result = measure_throughput(trainer)
+        trainer.save_metrics("throughput", result, combined=False)
+        logger.info(describe_throughput(result))
+        sys.exit(0)
     if trainer.args.do_train:
         if checkpoint is not None:
             check_same_model(checkpoint, trainer.model)

@@ -74,6 +74,9 @@ from clusterformer_hf.training import (
 )
 
 
+COCO_LAYOUT = "annotations/instances_train.json with the pictures in train, and the same for val"
+
+
 @dataclass
 class DataArguments(SplitArguments):
     """Which pictures it is trained and evaluated on."""
@@ -163,7 +166,7 @@ def find_splits(data_args: DataArguments) -> dict[str, Reader]:
     files, folder = data_args.files, Path(data_args.dataset_name or "")
     if data_args.dataset_name is not None:
         if not folder.is_dir() or (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-            splits, _ = load_pictures(data_args.dataset_name, data_args.dataset_config_name)
+            splits, _ = load_pictures(data_args.dataset_name, data_args.dataset_config_name, layout=COCO_LAYOUT)
             read = read_objects(splits, data_args.dataset_name)
             return {split: lambda data=data: (data, []) for split, data in read.items()}
         files = find_coco_splits(folder)

@@ -81,6 +81,9 @@ from clusterformer_hf.training import (
 )
 
 
+ADE20K_LAYOUT = "images/training with annotations/training, the same for validation, and id2label.json"
+
+
 @dataclass
 class DataArguments(SplitArguments):
     """Which pictures it is trained and evaluated on."""
@@ -192,7 +195,7 @@ def find_splits(data_args: DataArguments, names: list[str]) -> dict[str, Reader]
     options = {"class_names": names, "reduce_labels": data_args.reduce_labels}
     if data_args.dataset_name is not None:
         if not folder.is_dir() or (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-            splits, _ = load_pictures(data_args.dataset_name, data_args.dataset_config_name)
+            splits, _ = load_pictures(data_args.dataset_name, data_args.dataset_config_name, layout=ADE20K_LAYOUT)
             columns = {"image_column": data_args.image_column, "label_column": data_args.label_column}
             read = pick_label_maps(splits, data_args.dataset_name, **columns, **options)
             return {split: lambda data=data: (data, []) for split, data in read.items()}

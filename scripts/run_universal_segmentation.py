@@ -252,7 +252,11 @@ def find_splits(data_args: DataArguments) -> dict[str, Reader]:
     if data_args.dataset_name is not None:
         folder = Path(data_args.dataset_name)
         if not folder.is_dir():
-            raise ValueError(f"--dataset_name {folder} is no folder.")
+            raise ValueError(
+                f"--dataset_name {folder} is no folder. It would hold annotations/panoptic_train.json with PNGs in "
+                "panoptic_train and pictures in train, or annotations/instances_train.json with the pictures; and the "
+                "same for val."
+            )
         has_panoptic = any(folder.glob("annotations/panoptic_*.json"))
         is_panoptic = data_args.task == "panoptic" or data_args.task is None and has_panoptic
         files = find_panoptic_splits(folder) if is_panoptic else find_coco_splits(folder)

@@ -121,3 +121,32 @@ def test_total_batch_size(monkeypatch):
         arguments(
             monkeypatch, 1, per_device_train_batch_size=8, total_train_batch_size=64, gradient_accumulation_steps=2
         )
+
+
+@pytest.mark.parametrize(
+    "script, layout",
+    [
+        ("image_classification", "A folder would hold train/CLASS/"),
+        ("object_detection", "A folder would hold annotations/instances_train.json"),
+        ("semantic_segmentation", "A folder would hold images/training with annotations/training"),
+        ("universal_segmentation", "It would hold annotations/panoptic_train.json"),
+    ],
+)
+def test_missing_data(script, layout, tmp_path):
+    """The error shows how the folder should look."""
+    flags = [f"--dataset_name={tmp_path / 'nowhere'}", f"--output_dir={tmp_path}", "--do_train", "--use_cpu"]
+    if script == "semantic_segmentation":
+        (tmp_path / "names.json").write_text('{"0": "cat"}')
+        flags.append(f"--class_names={tmp_path / 'names.json'}")
+    with pytest.raises(ValueError, match=layout):
+        importlib.import_module(f"scripts.run_{script}").main(flags)
+
+
+def test_checkpoint_of_another_model(tmp_path):
+    flags = [str(RECIPES / "image_classification_digits.yaml"), "--smoke", f"--output_dir={tmp_path}", "--use_cpu"]
+    flags += ["--per_device_train_batch_size=2", "--report_to=none"]
+    main = importlib.import_module("scripts.run_image_classification").main
+    main([*flags, f"--config_overrides={json.dumps(NANO)}"])
+    wider = json.dumps(NANO | {"hidden_sizes": [8, 16, 24, 64]})
+    with pytest.raises(ValueError, match="checkpoint-3 is a checkpoint of another model: .* should be"):
+        main([*flags, f"--config_overrides={wider}", "--resume_from_checkpoint=true"])

@@ -110,3 +110,17 @@ def test_watching_changes_nothing():
     mask[0, :48, :32] = 1
     log.watch({"pixel_values": pixels[:2], "pixel_mask": mask})
     assert torch.equal(log.watched["pixel_values"], pixels[:1, :, :48, :32])
+
+
+def test_throughput(output_dir, tmp_path, caplog):
+    """Measured with the same flags as a training, which does not take place."""
+    flags = [f"--dataset_name={output_dir.parent / 'scenes'}", f"--output_dir={tmp_path / 'out'}", "--do_train"]
+    flags += ["--use_cpu", "--per_device_train_batch_size=2", f"--config_overrides={json.dumps(NANO)}"]
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"), pytest.raises(SystemExit) as ended:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        main([*flags, "--measure_throughput", "--dataloader_num_workers=1", "--train_val_split=0"])
+    assert ended.value.code == 0 and not (tmp_path / "out" / "model.safetensors").exists()
+    result = json.loads((tmp_path / "out" / "throughput_results.json").read_text())
+    assert all(result[name] > 0 for name in ("loader", "model", "both"))
+    assert result["overlap"] == result["both"] / min(result["loader"], result["model"])
+    assert f"model {result['model']:.1f}, both {result['both']:.1f}" in caplog.text

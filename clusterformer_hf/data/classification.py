@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # The first that exists is read.
 SPLIT_FOLDERS = {"train": ["train"], "validation": ["validation", "valid", "val", "test"]}
+CLASS_FOLDERS = "train/CLASS/*.jpg and val/CLASS/*.jpg, a folder for each class"
 METADATA_FILES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 
 
@@ -40,6 +41,7 @@ def load_pictures(
     dataset_config_name: str | None = None,
     train_dir: str | None = None,
     validation_dir: str | None = None,
+    layout: str = CLASS_FOLDERS,
 ) -> tuple[DatasetDict, dict[str, list[str]]]:
     """
     Loads the splits `train` and `validation` of a data set, or the one that there is.
@@ -49,6 +51,7 @@ def load_pictures(
             folders themselves; a folder written by `save_to_disk`; or a data set's name on the Hub.
         dataset_config_name: Configuration of a data set of the Hub.
         train_dir, validation_dir: Folders with one folder of pictures for each class, instead of `dataset_name`.
+        layout: What an error says that a folder would hold.
 
     Returns:
         The splits, and for each split of a picture folder a line for every file that is no picture by its name.
@@ -63,17 +66,19 @@ def load_pictures(
         return read_picture_folders(folders)
     folder = Path(dataset_name)
     if not folder.is_dir():
-        return _name_splits(_load_from_hub(dataset_name, dataset_config_name)), {}
+        return _name_splits(_load_from_hub(dataset_name, dataset_config_name, layout)), {}
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _name_splits(load_from_disk(dataset_name)), {}
     return read_picture_folders(_find_split_folders(folder))
 
 
-def _load_from_hub(name: str, config_name: str | None) -> DatasetDict:
+def _load_from_hub(name: str, config_name: str | None, layout: str) -> DatasetDict:
     try:
         return load_dataset(name, config_name)
     except (ConnectionError, FileNotFoundError) as error:
-        raise ValueError(f"--dataset_name {name}: no such folder here, and from the Hub: {error}") from error
+        raise ValueError(
+            f"--dataset_name {name}: no such folder here, and from the Hub: {error}\nA folder would hold {layout}."
+        ) from error
 
 
 def _name_splits(splits: DatasetDict | Dataset) -> DatasetDict:
