@@ -100,14 +100,18 @@ def export_repository(
     # Before anything is written.
     training = TrainingRecord.load(record, model) if record is not None else None
     numbers = read_for(model, results) if results is not None else None
+    pictures = [Path(record).with_name(name) for name in PICTURE.findall(training.data)] if training else []
+    missing = [str(path) for path in pictures if not path.is_file()]
+    if missing:
+        raise ValueError(f"{record} shows pictures that are not there: {', '.join(missing)}.")
 
     model.save_pretrained(out_dir, max_shard_size=max_shard_size)
     image_processor.save_pretrained(out_dir)
     write_auto_map(model, out_dir / CONFIG_NAME)
     if numbers is not None:
         shutil.copyfile(results, out_dir / RESULTS_NAME)
-    for name in PICTURE.findall(training.data) if training is not None else ():
-        shutil.copyfile(Path(record).with_name(name), out_dir / name)
+    for path in pictures:
+        shutil.copyfile(path, out_dir / path.name)
     (example or draw_example(model.config.image_size)).convert("RGB").save(out_dir / EXAMPLE_NAME)
     card = render_model_card(model, repo_id, training, numbers, license, EXAMPLE_NAME)
     card.save(out_dir / "README.md")

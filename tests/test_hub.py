@@ -47,6 +47,7 @@ from clusterformer_hf import (
 from clusterformer_hf.hub import export_repository
 from clusterformer_hf.model_card import TrainingRecord, render_model_card
 from clusterformer_hf.provenance import ForeignResultsError, command, fingerprint, provenance
+from clusterformer_hf.training import own_results
 from scripts.push_to_hub import main
 from tests.local_hub import LocalHub
 
@@ -327,6 +328,14 @@ def test_results_of_other_weights_are_refused(runs, tmp_path):
         with pytest.raises(ForeignResultsError, match=f"{name} is of other weights"):
             path = runs["classifier"] / name
             export_repository(model, ViTImageProcessor(), tmp_path / "out", "me/it", **{argument: path})
+    # A run that was not evaluated, in the folder of one that was.
+    results = runs["classifier"] / "eval_results.json"
+    assert own_results(results, build("classifier"))["eval_accuracy"] == 0.75
+    assert own_results(results, model) is None and own_results(tmp_path / "nothing.json", model) is None
+
+    shutil.copy(runs["classifier"] / "training_record.json", tmp_path)
+    with pytest.raises(ValueError, match="shows pictures that are not there: .*curves.png"):
+        export(tmp_path / "out", "classifier", record=tmp_path / "training_record.json")
     (tmp_path / "eval_results.json").write_text('{"eval_accuracy": 0.99}')
     with pytest.raises(ForeignResultsError, match="does not say which weights it is of"):
         export(tmp_path / "out", "classifier", results=tmp_path / "eval_results.json")
