@@ -50,7 +50,8 @@ import clusterformer_hf
 from clusterformer_hf import ClusterFormerBackbone, ClusterFormerForSemanticSegmentation, ClusterFormerModel
 from clusterformer_hf.data.classification import load_pictures, match_classes, pick_columns
 from clusterformer_hf.data.coco import find_coco_splits, read_coco
-from clusterformer_hf.data.detection import match_categories, open_picture
+from clusterformer_hf.data.detection import match_categories
+from clusterformer_hf.data.detection_data import open_picture
 from clusterformer_hf.data.images import open_image
 from clusterformer_hf.metrics.detection import average_precision
 

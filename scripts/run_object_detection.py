@@ -33,6 +33,7 @@ from pathlib import Path
 
 from transformers import AutoModelForObjectDetection, BaseImageProcessor, DeformableDetrImageProcessor, PreTrainedConfig
 
+from clusterformer_hf.data.checks import drop_unusable
 from clusterformer_hf.data.classification import load_pictures
 from clusterformer_hf.data.coco import find_coco_splits, read_coco
 from clusterformer_hf.data.detection import (
@@ -41,7 +42,6 @@ from clusterformer_hf.data.detection import (
     DetectionDataset,
     DetectionEvalTransform,
     DetectionTrainTransform,
-    drop_corrupt,
     match_categories,
 )
 from clusterformer_hf.data.detection_data import DetectionData
@@ -120,7 +120,7 @@ def main(args: list[str] | None = None):
     set_up_evaluation(training_args)
 
     with training_args.main_process_first(desc="reading the pictures"):
-        splits, skipped = load_splits(find_splits(data_args), data_args, training_args, drop_corrupt)
+        splits, skipped = load_splits(find_splits(data_args), data_args, training_args, drop_unusable)
     config = load_config(model_args)
     if training_args.do_train:
         name_classes(config, splits["train"])

@@ -41,6 +41,7 @@ from transformers import (
     SegformerImageProcessor,
 )
 
+from clusterformer_hf.data.checks import drop_unusable
 from clusterformer_hf.data.classification import load_pictures
 from clusterformer_hf.data.detection import match_categories
 from clusterformer_hf.data.label_maps import (
@@ -51,7 +52,7 @@ from clusterformer_hf.data.label_maps import (
     read_class_names,
     read_label_maps,
 )
-from clusterformer_hf.data.segmentation import SegmentationCollator, SemanticDataset, drop_unusable
+from clusterformer_hf.data.segmentation import SegmentationCollator, SemanticDataset
 from clusterformer_hf.data.segmentation_augmentation import (
     SegmentationAugmentationArguments,
     SegmentationEvalTransform,

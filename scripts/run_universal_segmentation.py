@@ -45,11 +45,12 @@ from transformers import (
 )
 
 from clusterformer_hf import ClusterFormerConfig
+from clusterformer_hf.data.checks import drop_unusable
 from clusterformer_hf.data.coco import find_coco_splits
 from clusterformer_hf.data.coco_masks import InstanceData, read_coco_masks
 from clusterformer_hf.data.coco_panoptic import PanopticData, find_panoptic_splits, read_panoptic
 from clusterformer_hf.data.detection import match_categories
-from clusterformer_hf.data.segmentation import SegmentationCollator, UniversalDataset, drop_unusable
+from clusterformer_hf.data.segmentation import SegmentationCollator, UniversalDataset
 from clusterformer_hf.data.segmentation_augmentation import (
     SegmentationAugmentationArguments,
     SegmentationEvalTransform,

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import DeformableDetrImageProcessor, HfArgumentParser, RTDetrImageProcessor
 
 from clusterformer_hf import ClusterFormerConfig
+from clusterformer_hf.data.checks import drop_unusable
 from clusterformer_hf.data.coco import find_coco_splits, read_coco
 from clusterformer_hf.data.detection import (
     DetectionAugmentationArguments,
@@ -34,7 +35,6 @@ from clusterformer_hf.data.detection import (
     DetectionDataset,
     DetectionEvalTransform,
     DetectionTrainTransform,
-    drop_corrupt,
     match_categories,
     random_resize,
 )
@@ -272,13 +272,13 @@ def test_pictures_that_cannot_be_used(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"b.png is 50 x 30 pixels when upright, but 30 x 50 in .*boxes.json"):
         examples[1]
     with pytest.raises(ValueError, match="2 pictures of .*boxes.json cannot be used") as error:
-        drop_corrupt(data, skip_corrupt=False)
+        drop_unusable(data, skip_corrupt=False)
     assert "a.png" in str(error.value) and "b.png" in str(error.value)
     with caplog.at_level(logging.WARNING):
-        rest, lines = drop_corrupt(data, skip_corrupt=True)
+        rest, lines = drop_unusable(data, skip_corrupt=True)
     assert len(lines) == 2 and lines[1] in caplog.text
     assert rest.image_ids.tolist() == [17]
-    assert drop_corrupt(rest, skip_corrupt=False) == (rest, [])
+    assert drop_unusable(rest, skip_corrupt=False) == (rest, [])
 
 
 @pytest.mark.parametrize("layout", ["annotations", "images", "beside"])

@@ -28,6 +28,7 @@ from torchvision import tv_tensors
 from transformers import HfArgumentParser, Mask2FormerImageProcessor, SegformerImageProcessor
 
 from clusterformer_hf import ClusterFormerConfig
+from clusterformer_hf.data.checks import drop_unusable
 from clusterformer_hf.data.coco import find_coco_splits
 from clusterformer_hf.data.coco_masks import read_coco_masks
 from clusterformer_hf.data.coco_panoptic import (
@@ -52,7 +53,6 @@ from clusterformer_hf.data.segmentation import (
     SegmentationCollator,
     SemanticDataset,
     UniversalDataset,
-    drop_unusable,
 )
 from clusterformer_hf.data.segmentation_augmentation import (
     RandomCrop,

@@ -62,10 +62,10 @@ def read_coco(images_dir: str | Path, annotations_file: str | Path) -> Detection
         `ValueError`: if something is missing, twice there, unknown or no number; names the file, the field and the ids.
     """
     file, images_dir = Path(annotations_file), Path(images_dir)
-    content = _read_json(file)
-    images = _entries(file, content, "images", ("file_name",))
-    annotations = _entries(file, content, "annotations", ("image_id", "category_id"))
-    categories = _entries(file, content, "categories", ("name",))
+    content = read_json(file)
+    images = read_entries(file, content, "images", ("file_name",))
+    annotations = read_entries(file, content, "annotations", ("image_id", "category_id"))
+    categories = read_entries(file, content, "categories", ("name",))
 
     paths = [images_dir / image["file_name"] for image in images]
     missing = [str(path) for path in paths if not path.is_file()]
@@ -86,7 +86,7 @@ def read_coco(images_dir: str | Path, annotations_file: str | Path) -> Detection
     )
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -98,7 +98,7 @@ def _read_json(file: Path) -> dict:
     return content
 
 
-def _entries(file: Path, content: dict, field: str, required: tuple[str, ...]) -> list[dict]:
+def read_entries(file: Path, content: dict, field: str, required: tuple[str, ...]) -> list[dict]:
     """The list `content[field]`, in which each entry has an id of its own and the required keys."""
     entries = content.get(field)
     if not isinstance(entries, list):

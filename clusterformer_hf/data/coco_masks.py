@@ -23,9 +23,8 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from .coco import _entries, _read_json
-from .detection import open_picture
-from .detection_data import DetectionData, assemble, listed, upright_size
+from .coco import read_entries, read_json
+from .detection_data import DetectionData, assemble, listed, open_picture, upright_size
 from .rle import ByteStrings, decode_masks, encode_segmentation, mask_areas, mask_boxes
 
 
@@ -107,10 +106,10 @@ def read_coco_masks(
     Raises:
         `ValueError`: if something is missing, twice there, unknown or no mask; names the file, the field and the ids.
     """
-    file, content = Path(annotations_file), _read_json(Path(annotations_file))
-    images = _entries(file, content, "images", ("file_name",))
-    annotations = _entries(file, content, "annotations", ("image_id", "category_id"))
-    categories = _entries(file, content, "categories", ("name",))
+    file, content = Path(annotations_file), read_json(Path(annotations_file))
+    images = read_entries(file, content, "images", ("file_name",))
+    annotations = read_entries(file, content, "annotations", ("image_id", "category_id"))
+    categories = read_entries(file, content, "categories", ("name",))
     paths, sizes = find_pictures(file, images, Path(images_dir))
 
     row_of = {image["id"]: row for row, image in enumerate(images)}

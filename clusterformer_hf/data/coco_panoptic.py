@@ -25,11 +25,10 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from .coco import SPLIT_PREFIXES, _entries, _read_json
+from .coco import SPLIT_PREFIXES, read_entries, read_json
 from .coco_masks import InstanceData, find_pictures
-from .detection import open_picture
-from .detection_data import DetectionData, assemble, check_ids, listed
-from .images import _load, image_name
+from .detection_data import DetectionData, assemble, check_ids, listed, open_picture
+from .images import image_name, load_image
 from .rle import ByteStrings, encode_masks, mask_areas, mask_boxes
 
 
@@ -192,9 +191,11 @@ def read_panoptic(images_dir: str | Path, segments_dir: str | Path, annotations_
     Raises:
         `ValueError`: if something is missing, twice there, unknown or no number; names the file, the field and the ids.
     """
-    file, content = Path(annotations_file), _read_json(Path(annotations_file))
-    images = _entries(file, content, "images", ("file_name",))
-    categories = sorted(_entries(file, content, "categories", ("name", "isthing")), key=lambda category: category["id"])
+    file, content = Path(annotations_file), read_json(Path(annotations_file))
+    images = read_entries(file, content, "images", ("file_name",))
+    categories = sorted(
+        read_entries(file, content, "categories", ("name", "isthing")), key=lambda category: category["id"]
+    )
     paths, sizes = find_pictures(file, images, Path(images_dir))
     annotation_of = _annotations_by_image(file, content.get("annotations"), {image["id"] for image in images})
     annotations = [annotation_of[image["id"]] for image in images]
@@ -269,7 +270,7 @@ def segment_colours(segments: np.ndarray) -> np.ndarray:
 def open_segments(source) -> np.ndarray:
     """Segment ids (height, width), int32, of a panoptic PNG; `source` as for `open_image`."""
     try:
-        image = _load(source)
+        image = load_image(source)
     except Exception as error:  # Pillow's readers raise any kind on damaged files
         raise ValueError(f"{image_name(source)}: {error}") from error
     if image.mode not in ("RGB", "RGBA"):

@@ -18,13 +18,11 @@ Inside, boxes are torchvision's `BoundingBoxes` in pixels, corner by corner. In 
 width and height as shares of the picture's own height and width: padding a batch changes none of them.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Features, Value
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
@@ -34,10 +32,8 @@ from transformers import BaseImageProcessor, PreTrainedConfig
 from .augmentation import derive_seed, random_numbers_from
 from .classification import match_classes
 from .detection_data import DetectionData, listed
-from .images import image_name, open_image
+from .images import image_name
 
-
-logger = logging.getLogger(__name__)
 
 # Random sizes between the smallest and the largest.
 NUM_SCALES = 11
@@ -196,8 +192,8 @@ class DetectionDataset(torch.utils.data.Dataset):
         return example | {"seed": seed, "name": image_name(self.data.pictures[row]["image"], row)}
 
     def _example(self, row: int) -> dict:
-        boxes, classes = self.data.targets(row)
-        pixel_values, boxes, class_labels = self.transform(open_picture(self.data, row), boxes, self.class_ids[classes])
+        picture, boxes, classes = self.data.open(row)
+        pixel_values, boxes, class_labels = self.transform(picture, boxes, self.class_ids[classes])
         labels = {
             "class_labels": class_labels,
             "boxes": boxes,
@@ -205,64 +201,6 @@ class DetectionDataset(torch.utils.data.Dataset):
             "orig_size": torch.tensor(self.data.sizes[row]),
         }
         return {"pixel_values": pixel_values, "labels": labels}
-
-
-def open_picture(data: DetectionData, row: int) -> Image.Image:
-    """A picture, upright RGB. Raises `ValueError` if it is not of the size that its boxes were drawn at."""
-    source = data.pictures[row]["image"]
-    image = open_image(source)
-    height, width = data.sizes[row]
-    if image.size != (width, height):
-        raise ValueError(
-            f"{image_name(source, row)} is {image.width} x {image.height} pixels when upright, but {width} x {height} "
-            f"in {data.source}: its boxes belong to another form of it."
-        )
-    return image
-
-
-def picture_problems(data: DetectionData, num_proc: int | None = None) -> dict[int, str]:
-    """Decodes every picture as training will, and returns what is wrong with those that cannot be used, by row."""
-
-    def problem(_, row: int) -> dict:
-        try:
-            open_picture(data, row)
-        except ValueError as error:
-            return {"problem": str(error)}
-        return {"problem": None}
-
-    problems = data.pictures.map(
-        problem,
-        with_indices=True,
-        input_columns="image",
-        remove_columns="image",
-        features=Features({"problem": Value("string")}),
-        num_proc=num_proc,
-        load_from_cache_file=False,
-        desc="Checking the pictures",
-    )["problem"]
-    return {row: found for row, found in enumerate(problems) if found is not None}
-
-
-def drop_corrupt(
-    data: DetectionData, skip_corrupt: bool, num_proc: int | None = None
-) -> tuple[DetectionData, list[str]]:
-    """
-    Leaves out the pictures that cannot be read or are not of the annotated size, with their boxes.
-
-    Returns the rest, and one line for every picture left out. Raises `ValueError` with these lines if they are not to
-    be skipped.
-    """
-    problems = picture_problems(data, num_proc)
-    if not problems:
-        return data, []
-    listing = "\n".join(f"  {problem}" for problem in problems.values())
-    if not skip_corrupt:
-        raise ValueError(
-            f"{len(problems)} pictures of {data.source} cannot be used:\n{listing}\n"
-            "Repair or remove them, or go on without them with --skip_corrupt."
-        )
-    logger.warning(f"Going on without {len(problems)} pictures of {data.source} that cannot be used:\n{listing}")
-    return data.select(row for row in range(len(data)) if row not in problems), list(problems.values())
 
 
 class DetectionCollator:

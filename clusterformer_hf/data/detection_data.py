@@ -31,7 +31,7 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset
 
-from .images import image_name
+from .images import image_name, open_image
 
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,10 @@ class DetectionData:
         label2id = {name: label for label, name in id2label.items()}
         return {"id2label": id2label, "label2id": label2id, "original_category_ids": self.category_ids}
 
+    def open(self, row: int) -> tuple[PIL.Image.Image, np.ndarray, np.ndarray]:
+        """A picture, upright RGB, and its [`targets`]. Raises `ValueError` if the picture cannot be used."""
+        return open_picture(self, row), *self.targets(row)
+
     def targets(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (k, 4) float64, x, y, x, y inside the picture, and classes (k,) that a model learns from a picture."""
         span = slice(self.offsets[row], self.offsets[row + 1])
@@ -129,6 +133,19 @@ class DetectionData:
         # Corners are sums, which may exceed a border by a rounding error of float32.
         outside = (np.abs(corners - clamped) > 1e-3).any(axis=1) & ~dropped & ~self.crowds
         return {"clamped": int(outside.sum()), "dropped": int(dropped.sum())}
+
+
+def open_picture(data: DetectionData, row: int) -> PIL.Image.Image:
+    """A picture, upright RGB. Raises `ValueError` if it is not of the size that its boxes were drawn at."""
+    source = data.pictures[row]["image"]
+    image = open_image(source)
+    height, width = data.sizes[row]
+    if image.size != (width, height):
+        raise ValueError(
+            f"{image_name(source, row)} is {image.width} x {image.height} pixels when upright, but {width} x {height} "
+            f"in {data.source}: its boxes belong to another form of it."
+        )
+    return image
 
 
 def _corners(boxes: np.ndarray) -> np.ndarray:

@@ -44,7 +44,7 @@ def open_image(source: str | os.PathLike | bytes | dict | Image.Image) -> Image.
         `ValueError`: if the picture cannot be read or its pixels have no fixed range; names the file and the reason.
     """
     try:
-        return _to_rgb(_load(source))
+        return _to_rgb(load_image(source))
     except Exception as error:  # Pillow's readers raise any kind on damaged files
         raise ValueError(f"{image_name(source)}: {_reason(error)}") from error
 
@@ -66,7 +66,7 @@ def image_name(source, row: int | None = None) -> str:
     return "picture" if row is None else f"row {row}"
 
 
-def _load(source) -> Image.Image:
+def load_image(source) -> Image.Image:
     if source is None:
         raise ValueError("no picture in this row")
     if isinstance(source, dict):

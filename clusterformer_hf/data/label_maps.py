@@ -29,7 +29,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
 from .detection_data import listed
-from .images import _load, image_name, open_image
+from .images import image_name, load_image, open_image
 
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def open_label_map(source, colours: dict[tuple[int, int, int], int] | None = Non
         `ValueError`: if it cannot be read, or is in colour without `colours` or with others; names the file.
     """
     try:
-        image = ImageOps.exif_transpose(_load(source))
+        image = ImageOps.exif_transpose(load_image(source))
     except Exception as error:  # Pillow's readers raise any kind on damaged files
         raise ValueError(f"{image_name(source)}: {error}") from error
     if image.mode in ("1", "L", "P", "I") or image.mode.startswith("I;16"):

@@ -19,21 +19,16 @@ of no class. Evaluation examples also have a `target`, what the metrics compare 
 take none, and [`SegmentationTrainer`] keeps it from them.
 """
 
-import logging
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Features, Value
 
 from .coco_masks import InstanceData
 from .coco_panoptic import PanopticData
 from .detection import DetectionDataset
 from .label_maps import IGNORE_INDEX, SemanticData
-
-
-logger = logging.getLogger(__name__)
 
 
 class SemanticDataset(DetectionDataset):
@@ -183,46 +178,3 @@ def pad(tensor: torch.Tensor, size: tuple[int, int], value: int = 0) -> torch.Te
     if height > size[0] or width > size[1]:
         raise ValueError(f"A picture of {height} x {width} cannot be padded to {size[0]} x {size[1]}.")
     return F.pad(tensor, (0, size[1] - width, 0, size[0] - height), value=value)
-
-
-def find_problems(data: SemanticData | InstanceData | PanopticData, num_proc: int | None = None) -> dict[int, str]:
-    """Opens every picture with its masks as training will; returns what is wrong with the unusable ones, by row."""
-
-    def problem(_, row: int) -> dict:
-        try:
-            data.open(row)
-        except ValueError as error:
-            return {"problem": str(error)}
-        return {"problem": None}
-
-    problems = data.pictures.map(
-        problem,
-        with_indices=True,
-        input_columns="image",
-        remove_columns=data.pictures.column_names,
-        features=Features({"problem": Value("string")}),
-        num_proc=num_proc,
-        load_from_cache_file=False,
-        desc="Checking the pictures",
-    )["problem"]
-    return {row: found for row, found in enumerate(problems) if found is not None}
-
-
-def drop_unusable(data, skip_corrupt: bool, num_proc: int | None = None):
-    """
-    Leaves out the pictures that cannot be used: unreadable, or with masks that do not fit them.
-
-    Returns the rest, and one line for every picture left out. Raises `ValueError` with these lines if they are not to
-    be skipped.
-    """
-    problems = find_problems(data, num_proc)
-    if not problems:
-        return data, []
-    listing = "\n".join(f"  {problem}" for problem in problems.values())
-    if not skip_corrupt:
-        raise ValueError(
-            f"{len(problems)} pictures of {data.source} cannot be used:\n{listing}\n"
-            "Repair or remove them, or go on without them with --skip_corrupt."
-        )
-    logger.warning(f"Going on without {len(problems)} pictures of {data.source} that cannot be used:\n{listing}")
-    return data.select(row for row in range(len(data)) if row not in problems), list(problems.values())
