@@ -131,12 +131,16 @@ def load_model(folder: str) -> ClusterFormerPreTrainedModel:
     A saved ClusterFormer of any task, or the encoder of one that is the backbone of a model of transformers.
 
     Raises:
-        `ValueError`: if there is no ClusterFormer in it.
+        `ValueError`: if there is no ClusterFormer in it, or if it lacks weights.
     """
     config = AutoConfig.from_pretrained(folder)
     names = config.architectures or ["no model"]
     model_class = getattr(clusterformer_hf, names[0], None) or getattr(transformers, names[0], None)
-    loaded = None if model_class is None else model_class.from_pretrained(folder)
+    loaded = None
+    if model_class is not None:
+        loaded, report = model_class.from_pretrained(folder, output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(f"{folder} lacks weights of {names[0]}: {', '.join(sorted(report['missing_keys']))}.")
     if isinstance(loaded, ClusterFormerPreTrainedModel) and not isinstance(loaded, ClusterFormerBackbone):
         return loaded
     modules = [] if loaded is None else loaded.modules()

@@ -196,5 +196,11 @@ def test_bad_input(detector, scenes, tmp_path):
     )
     with pytest.raises(ValueError, match="holds ViTModel, and no ClusterFormer is in it"):
         load_model(str(tmp_path))
+    model = ClusterFormerForObjectDetection.from_pretrained(detector)
+    state = model.state_dict()
+    del state["decoder.center_projection.bias"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match="lacks weights of ClusterFormerForObjectDetection: decoder.center_projection"):
+        load_model(str(tmp_path))
     with pytest.raises(ValueError, match="--max_samples must be at least 2, to choose heads and to score, got 1"):
         main([f"--model={detector}", f"--dataset_name={scenes}", "--max_samples=1"])
