@@ -321,9 +321,9 @@ def test_two_learning_rates(scenes, tmp_path):
     assert rates == [(0.01, 0.1), (0.01, 0.0), (0.0, 0.1), (0.0, 0.0)]
 
 
-def test_parameters_that_do_not_decay():
+def test_parameters_that_do_not_decay(tmp_path):
     model = ClusterFormerForObjectDetection(ClusterFormerConfig(**NANO, num_labels=1))
-    trainer = ClusterFormerTrainer(model, ClusterFormerTrainingArguments("unused", use_cpu=True))
+    trainer = ClusterFormerTrainer(model, ClusterFormerTrainingArguments(str(tmp_path), use_cpu=True))
     decayed = set(trainer.get_decay_parameter_names(model))
     for name, parameter in model.named_parameters():
         no_decay = name.endswith("bias") or "norm" in name or "scale" in name or name.endswith("spatial_weight")
