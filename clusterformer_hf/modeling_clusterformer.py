@@ -326,15 +326,33 @@ class ClusterFormerMLP(nn.Module):
         return self.dropout(self.fc2(hidden_states))
 
 
+class ClusterFormerPositionEncoding(nn.Conv2d):
+    """
+    Conditional positional encoding (https://arxiv.org/abs/2102.10882): a depthwise 3x3 convolution beside the identity.
+
+    Clustering and dispatching do not see which pixels are neighbours; a block learns that here.
+    """
+
+    def __init__(self, num_channels: int):
+        super().__init__(num_channels, num_channels, kernel_size=3, padding=1, groups=num_channels)
+
+    def forward(self, hidden_states: torch.Tensor, geometry: StageGeometry) -> torch.Tensor:
+        """(batch, channels, height, width), in the same shape; padded pixels count as zeros."""
+        if geometry.mask is not None:
+            hidden_states = hidden_states * geometry.mask.permute(0, 3, 1, 2).to(hidden_states.dtype)
+        return hidden_states + super().forward(hidden_states)
+
+
 class ClusterFormerLayer(GradientCheckpointingLayer):
     """
-    A block: recurrent clustering with feature dispatching, then a feed-forward network, each a pre-normed residual
-    branch with a scale.
+    A block: a positional encoding, recurrent clustering with feature dispatching, and a feed-forward network; the
+    latter two are pre-normed residual branches with a scale.
     """
 
     def __init__(self, config: ClusterFormerConfig, stage_idx: int, drop_path: float = 0.0):
         super().__init__()
         dim = config.hidden_sizes[stage_idx]
+        self.position_encoding = ClusterFormerPositionEncoding(dim)
         self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.clustering = ClusterFormerRecurrentClustering(config, stage_idx)
         self.layer_scale1 = nn.Parameter(torch.empty(dim))
@@ -345,7 +363,7 @@ class ClusterFormerLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, geometry: StageGeometry) -> tuple[torch.Tensor, tuple]:
         """Maps (batch, channels, height, width), channels last in memory; returns the map and the final clusters."""
-        hidden_states = hidden_states.permute(0, 2, 3, 1)
+        hidden_states = self.position_encoding(hidden_states, geometry).permute(0, 2, 3, 1)
         update, clusters = self.clustering(self.norm1(hidden_states), geometry)
         hidden_states = torch.addcmul(hidden_states, self.drop_path(update), self.layer_scale1)
         if runs_eagerly_on_cpu(hidden_states) and not torch.is_grad_enabled() and not self.training:
@@ -358,7 +376,8 @@ class ClusterFormerLayer(GradientCheckpointingLayer):
 
     def assign(self, hidden_states, clusters, geometry: StageGeometry, sampled: bool) -> torch.Tensor:
         """Assignments (batch, heads, N, K) of the block's input map to its final clusters."""
-        return self.clustering.assign(self.norm1(hidden_states.permute(0, 2, 3, 1)), clusters, geometry, sampled)
+        hidden_states = self.position_encoding(hidden_states, geometry).permute(0, 2, 3, 1)
+        return self.clustering.assign(self.norm1(hidden_states), clusters, geometry, sampled)
 
 
 class ClusterFormerReleasedMLP(nn.Module):
