@@ -135,9 +135,8 @@ def export(model: PreTrainedModel, shape: tuple[int, ...], dynamic: list[str], p
     shapes = {"pixel_values": open_axes} if open_axes else None
     config = OnnxConfig(dynamic=bool(dynamic), dynamic_shapes=shapes)
     exported = OnnxExporter().export(model, {"pixel_values": torch.randn(shape)}, config)
-    program = getattr(
-        exported, "program", exported
-    )  # a program that has a graph before Transformers 5.20, or the graph
+    # Transformers 5.17 returns a program that has the graph, later ones what has it as its program.
+    program = getattr(exported, "program", exported)
     graph = getattr(program, "model", program)
     fixed = [name for name in dynamic for axis in AXES[name] if str(graph.graph.inputs[0].shape[axis]).isdigit()]
     if fixed:
