@@ -420,7 +420,7 @@ class ClusterFormerDecoder(nn.Module):
         features = torch.cat([level.flatten(2).mT for level in levels], dim=1)
         embeddings = self.embeddings(geometry)
         centers = self.center_projection(self.center_norm(cluster_centers))
-        mean, variance = (tensor[:, 0].expand(len(centers), -1, -1) for tensor in (start.mean, start.variance))
+        mean, variance = (tensor[:, 0].expand(centers.shape[0], -1, -1) for tensor in (start.mean, start.variance))
         all_centers, all_boxes, all_assignments = (centers,), (self.read_boxes(0, centers, mean, variance),), ()
         for i, layer in enumerate(self.layers):
             place = all_boxes[-1].detach()
