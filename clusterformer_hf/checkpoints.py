@@ -66,13 +66,16 @@ def _sync(path: Path):
         os.close(descriptor)
 
 
-def prune(output_dir: Path, limit: int | None, best: str | None):
-    """Deletes the oldest checkpoints above a limit, but neither the last nor the best one."""
-    checkpoints = sort_checkpoints(str(output_dir))
+def prune(newest: Path, limit: int | None, best: str | None):
+    """
+    Deletes the oldest checkpoints above a limit beside the newest, but neither that nor the best one. Those of an
+    earlier run in the same folder are the oldest, whatever their numbers.
+    """
+    checkpoints = [Path(checkpoint) for checkpoint in sort_checkpoints(str(newest.parent), use_mtime=True)]
     if not limit or len(checkpoints) <= limit:
         return
-    kept = {Path(checkpoints[-1])} | ({Path(best)} if best is not None else set())
-    deletable = [Path(checkpoint) for checkpoint in checkpoints if Path(checkpoint) not in kept]
+    kept = {newest} | ({Path(best)} if best is not None else set())
+    deletable = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
     for checkpoint in deletable[: len(checkpoints) - max(limit, len(kept))]:
         discard(checkpoint)
 

@@ -353,7 +353,7 @@ class ClusterFormerTrainer(Trainer):
         if self.args.should_save and unfinished.is_dir():  # on the own disk of another machine
             publish(unfinished, folder)
         if self.args.should_save:
-            prune(folder.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+            prune(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Nothing, while a checkpoint is not whole."""

@@ -151,10 +151,31 @@ def test_places_of_checkpoints(tmp_path):
     written.mkdir()
     publish(written, tmp_path / "checkpoint-10")
     assert list((tmp_path / "checkpoint-10").iterdir()) == []
-    prune(tmp_path, None, None)
-    prune(tmp_path, 2, str(tmp_path / "checkpoint-1"))
+    newest = tmp_path / "checkpoint-10"
+    prune(newest, None, None)
+    prune(newest, 2, str(tmp_path / "checkpoint-1"))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-10"]
     discard(tmp_path / "checkpoint-1")
     assert [path.name for path in tmp_path.iterdir() if path.name != UNFINISHED_FOLDER] == ["checkpoint-10"]
     assert list((tmp_path / UNFINISHED_FOLDER).iterdir()) == []
     assert checkpoint_problem(tmp_path / "checkpoint-10") == "trainer_state.json is missing"
+
+
+@pytest.mark.parametrize("best, kept", [(None, {3, 4}), (90, {4, 90})])
+def test_new_run_in_the_folder_of_a_longer_one(best, kept, tmp_path):
+    """What it writes stays, and the other's checkpoints go first."""
+    for age, step in enumerate((4, 3, 100, 90)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        os.utime(folder, (1e9 - age, 1e9 - age))
+    prune(tmp_path / "checkpoint-4", 2, best and str(tmp_path / f"checkpoint-{best}"))
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in kept}
+
+
+def test_newest_stays_without_times(tmp_path):
+    """Some file systems know none: then the order is that of the numbers."""
+    for step in (4, 90, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (1e9, 1e9))
+    prune(tmp_path / "checkpoint-4", 1, None)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
