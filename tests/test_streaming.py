@@ -124,6 +124,17 @@ def test_every_picture_once(shards, monkeypatch):
     assert len({name.split(":")[0] for batch in whole[0][:4] for name in batch}) > 1
 
 
+def test_shards_are_opened_once(shards, monkeypatch):
+    """However many windows their pictures are mixed in."""
+    monkeypatch.setattr(streaming, "WINDOW", 7)
+    opened, read = [], PictureShards.read
+    monkeypatch.setattr(
+        PictureShards, "read", lambda self, shard, *place: opened.append(shard) or read(self, shard, *place)
+    )
+    (part,) = parts_of(find_shards(str(shards))["train"], processes=1)
+    assert len(list(part)) == 80 and sorted(opened) == list(range(6))
+
+
 @pytest.mark.parametrize("processes, workers, batch_size", [(1, 0, 8), (1, 3, 8), (3, 2, 5), (7, 1, 4)])
 def test_sizes_that_do_not_divide(processes, workers, batch_size, shards):
     pictures = find_shards(str(shards))["train"]

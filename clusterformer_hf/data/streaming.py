@@ -20,6 +20,7 @@ its piece within windows that it holds in memory. All of this depends on (seed, 
 at the very sample without reading what came before.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -101,8 +102,10 @@ class StreamingDataset(torch.utils.data.IterableDataset):
 
     def _mixed(self, first: int, stop: int, done: int) -> Iterator[dict]:
         """The examples `first + done` to `stop` of this process, mixed in windows counted from `first`."""
-        for start in range(first + done // WINDOW * WINDOW, stop, WINDOW):
-            window = list(self._read(start, min(start + WINDOW, stop)))
+        begin = first + done // WINDOW * WINDOW
+        samples = self._read(begin, stop)  # opens each shard once, and not for each window
+        for start in range(begin, stop, WINDOW):
+            window = list(itertools.islice(samples, WINDOW))
             key = (self.seed, WINDOW_KEY, self.epoch.item(), self.process, start)
             order = np.random.default_rng(key).permutation(len(window))
             for index in order[max(first + done - start, 0) :]:
