@@ -205,8 +205,21 @@ def deformable_detr() -> nn.Module:
     return DeformableDetrForObjectDetection(DeformableDetrConfig(backbone_config=backbone, num_labels=DETECTION_LABELS))
 
 
+class PadToMultiple(nn.Module):
+    """Pads images at the right and at the bottom."""
+
+    def __init__(self, multiple: int):
+        super().__init__()
+        self.multiple = multiple
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = images.shape[-2:]
+        return nn.functional.pad(images, (0, -width % self.multiple, 0, -height % self.multiple))
+
+
 def rt_detr() -> nn.Module:
-    return RTDetrForObjectDetection(RTDetrConfig(num_labels=DETECTION_LABELS))
+    # It takes multiples of 32 only.
+    return nn.Sequential(PadToMultiple(32), RTDetrForObjectDetection(RTDetrConfig(num_labels=DETECTION_LABELS)))
 
 
 def segmenter() -> nn.Module:
