@@ -90,14 +90,22 @@ def open_example(path: Path | None) -> Image.Image | None:
 
 
 def export(args: Arguments) -> Path:
-    """Writes the repository in place of an earlier one."""
+    """
+    Writes the repository in place of an earlier one.
+
+    Raises:
+        `ValueError`: if the model is in the folder that is written, or cannot be published.
+    """
+    folder = Path("outputs", "hub", args.repo_id)
+    if args.model.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--model {args.model} is in {folder}, which is written anew. Move it elsewhere first.")
     model, image_processor, example = (
         load_model(args.model),
         load_image_processor(args.model),
         open_example(args.example),
     )
-    folder = Path("outputs", "hub", args.repo_id)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     results, record = (args.model / name for name in (RESULTS_NAME, RECORD_NAME))
     return export_repository(
         model,
@@ -131,7 +139,7 @@ def main(args: list[str] | None = None):
             print(f"Published as {commit.commit_url}")
     except ForeignResultsError as error:
         sys.exit(f"{error}\nMeasure this model again with --do_eval, or move the file away.")
-    except (HubError, ValueError) as error:
+    except (HubError, ValueError, OSError) as error:
         sys.exit(str(error))
 
 

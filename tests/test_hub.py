@@ -584,6 +584,18 @@ def test_wrong_model_folders(tmp_path, runs, monkeypatch):
     assert ModelCard.load(repository / "README.md").data.license == "mit"
 
 
+def test_a_repository_is_not_its_own_model(tmp_path, runs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs["classifier"], "outputs/hub/me/it/checkpoint-4")
+    for model in ("outputs/hub/me/it", "outputs/hub/me/../me/it/checkpoint-4"):
+        with pytest.raises(SystemExit, match=f"--model {model} is in outputs/hub/me/it, which is written anew."):
+            main([f"--model={model}", "--repo-id=me/it", "--dry-run"])
+    main(["--model=outputs/hub/me/it/checkpoint-4", "--repo-id=me/other", "--dry-run"])
+    Path("outputs/hub/me/file").write_text("no folder")
+    with pytest.raises(SystemExit, match="outputs/hub/me/file"):
+        main([f"--model={runs['classifier']}", "--repo-id=me/file", "--dry-run"])
+
+
 def test_killed_upload(hub, runs, tmp_path):
     """The process dies while it sends the weights: nothing loads, and the same command does it all later."""
     command = [sys.executable, str(Path(__file__).parents[1] / "scripts" / "push_to_hub.py")]
