@@ -16,6 +16,7 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -94,7 +95,10 @@ def _set_smoke_defaults(parser: HfArgumentParser, args: list[str], smoke_data: C
 
 def _read_recipe(path: Path, flags: set[str]) -> dict:
     with path.open(encoding="utf-8") as file:
-        recipe = json.load(file) if path.suffix == ".json" else yaml.load(file, _UniqueKeys)
+        if path.suffix == ".json":
+            recipe = json.load(file, object_pairs_hook=partial(_json_object, path))
+        else:
+            recipe = yaml.load(file, _UniqueKeys)
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} must be a mapping of flags to values, got {type(recipe).__name__}.")
     unknown = sorted(str(key) for key in recipe if key not in flags)
@@ -110,8 +114,16 @@ class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that is there twice, of which YAML would silently take the last."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise ValueError(f"The recipe has {', '.join(twice)} twice: {str(node.start_mark).strip()}.")
+        _check_unique([key.value for key, _ in node.value], str(node.start_mark).strip())
         return super().construct_mapping(node, deep)
+
+
+def _json_object(path: Path, pairs: list[tuple]) -> dict:
+    _check_unique([key for key, _ in pairs], f"in {path}")
+    return dict(pairs)
+
+
+def _check_unique(keys: list, place: str):
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"The recipe has {', '.join(twice)} twice: {place}.")

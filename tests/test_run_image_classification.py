@@ -257,6 +257,10 @@ def test_parse_arguments(tmp_path):
     recipe.write_text("flip: true\nlearning_rate: 1\nflip: false\n")
     with pytest.raises(ValueError, match="has flip twice.*recipe.yaml"):
         parse_arguments((Arguments, TrainingArguments), [str(recipe)])
+    in_json = tmp_path / "recipe.json"
+    in_json.write_text('{"sizes": {"a": 1, "b": 2, "a": 3}}')
+    with pytest.raises(ValueError, match="has a twice: in .*recipe.json"):
+        parse_arguments((Arguments, TrainingArguments), [str(in_json)])
     recipe.write_text("- learning_rate\n")
     with pytest.raises(ValueError, match="recipe.yaml must be a mapping of flags to values, got list"):
         parse_arguments((Arguments, TrainingArguments), [str(recipe)])
