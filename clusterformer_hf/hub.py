@@ -52,8 +52,15 @@ AUTO_CLASSES = {
         "AutoModelForImageSegmentation",
     ),
 }
-# Files of an earlier upload that would be loaded with, or in place of, those of a new one.
-LOADED_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py")
+# Files of an earlier upload, at a repository's top, that would be taken for the new model's weights, code or results.
+STALE_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "*.py",
+    RESULTS_NAME,
+)
 
 
 class HubError(Exception):
@@ -185,11 +192,10 @@ def publish(folder: str | Path, repo_id: str, *, private: bool = False, revision
 
 
 def commit_operations(folder: Path, published: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Adds every file of the folder, and deletes what a repository holds of another model's weights and code."""
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    stale = [
-        name for name in published if name not in files and any(fnmatch(name, pattern) for pattern in LOADED_FILES)
-    ]
+    """Adds every file of the folder, and deletes another model's weights, code and results from the repository."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    others = [name for name in published if name not in files and "/" not in name]
+    stale = [name for name in others if any(fnmatch(name, pattern) for pattern in STALE_FILES)]
     deletions = [CommitOperationDelete(name) for name in stale]
     return deletions + [CommitOperationAdd(name, path) for name, path in files.items()]
 

@@ -31,8 +31,8 @@ from torch import nn
 # The key of results files that holds it.
 PROVENANCE = "provenance"
 
-TOKEN_FLAG = re.compile(r"(--\w*tok\w*)(?:=\S*)?")
-TOKEN = re.compile(r"\bhf_\w{20,}")
+TOKEN_FLAG = re.compile(r"(--[\w-]*tok[\w-]*)(?:=.*)?", re.DOTALL)
+TOKEN = re.compile(r"\b(hf|api_org)_[\w.-]{20,}")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -62,14 +62,25 @@ def provenance(model: nn.Module, dataset: str | None) -> dict[str, str | None]:
 
 
 def command() -> str:
-    """The command line of this process, without tokens; of its script the last folder and the name."""
+    """
+    The command line of this process, without tokens. Of its script it has the last folder and the name, of other
+    absolute paths the name.
+    """
     script = Path(*Path(sys.argv[0]).absolute().parts[-2:])
     words, hides = [], False
     for word in sys.argv[1:]:
         flag = TOKEN_FLAG.fullmatch(word)
-        words.append("..." if hides and not flag else f"{flag[1]}=..." if flag and "=" in word else word)
+        words.append(
+            "..." if hides and not flag else f"{flag[1]}=..." if flag and "=" in word else without_folders(word)
+        )
         hides = flag is not None and "=" not in word
-    return TOKEN.sub("hf_...", shlex.join(["python", str(script), *words]))
+    return TOKEN.sub(r"\1_...", shlex.join(["python", str(script), *words]))
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line; of an absolute path, alone or as `--flag=path`, only its last part."""
+    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return flag + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def environment() -> dict[str, str]:

@@ -27,11 +27,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoImageProcessor, HfArgumentParser
 
 import clusterformer_hf
 from clusterformer_hf import ClusterFormerConfig
+from clusterformer_hf.data.images import open_image
 from clusterformer_hf.hub import AUTO_CLASSES, RESULTS_NAME, HubError, check_repo_id, export_repository, publish
 from clusterformer_hf.loading import summarise
 from clusterformer_hf.model_card import RECORD_NAME
@@ -84,9 +85,9 @@ def load_image_processor(folder: Path):
 
 def open_example(path: Path | None) -> Image.Image | None:
     try:
-        return Image.open(path) if path is not None else None
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"--example {path} cannot be read as a picture: {error}") from error
+        return open_image(path) if path is not None else None
+    except ValueError as error:
+        raise ValueError(f"--example {error}") from error
 
 
 def export(args: Arguments) -> Path:

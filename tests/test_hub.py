@@ -17,6 +17,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ from clusterformer_hf import (
     ClusterFormerForUniversalSegmentation,
     ClusterFormerModel,
 )
-from clusterformer_hf.hub import export_repository
+from clusterformer_hf.hub import draw_example, export_repository
 from clusterformer_hf.model_card import TrainingRecord, render_model_card
 from clusterformer_hf.provenance import ForeignResultsError, command, fingerprint, provenance
 from clusterformer_hf.training import own_results
@@ -497,8 +498,8 @@ def test_branch_and_private_repository(hub, runs, capsys):
     assert hub.repositories["me/open"].branches == before
 
 
-def test_files_of_another_model_are_replaced(hub, runs):
-    """A loader would take old shards and pickles for parts of the new model; other files stay."""
+def test_files_of_another_model_are_replaced(hub, runs, tmp_path):
+    """Old shards, pickles and results would be taken for parts of the new model; other files stay."""
     main([f"--model={runs['classifier']}", "--repo-id=me/it"])
     repository = hub.repositories["me/it"]
     old = (
@@ -506,12 +507,14 @@ def test_files_of_another_model_are_replaced(hub, runs):
         "model.safetensors.index.json",
         "pytorch_model.bin",
         "old.py",
-        "notes.md",
     )
-    repository.commit("main", repository.commits[repository.branches["main"]] | dict.fromkeys(old, b"{}"))
-    main([f"--model={runs['detector']}", "--repo-id=me/it"])
+    kept = {"notes.md", "notes.bin", "examples/app.py", "onnx/model.safetensors"}
+    repository.commit("main", repository.commits[repository.branches["main"]] | dict.fromkeys((*old, *kept), b"{}"))
+    shutil.copytree(runs["detector"], tmp_path / "unmeasured", ignore=shutil.ignore_patterns("eval_results.json"))
+    main([f"--model={tmp_path / 'unmeasured'}", "--repo-id=me/it"])
     names = set(repository.commits[repository.branches["main"]])
-    assert names == {path.name for path in Path("outputs/hub/me/it").iterdir()} | {".gitattributes", "notes.md"}
+    assert names == {path.name for path in Path("outputs/hub/me/it").iterdir()} | {".gitattributes"} | kept
+    assert "eval_results.json" not in names
 
 
 @pytest.mark.parametrize(
@@ -565,6 +568,8 @@ def test_wrong_model_folders(tmp_path, runs, monkeypatch):
     del weights["classifier.bias"]
     save_file(weights, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "broken.png").write_bytes(b"no picture")
+    draw_example(256).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-1000])
     run = str(runs["classifier"])
     for flags, message in {
         ("--model=nowhere",): "--model nowhere is no folder of a saved model: it has no config.json.",
@@ -572,7 +577,8 @@ def test_wrong_model_folders(tmp_path, runs, monkeypatch):
         ("--model=other",): "--model other is no ClusterFormer: its config names \\['SwinModel'\\].",
         ("--model=half",): "--model half holds other weights than .*Classification has. missing: classifier.bias.",
         ("--model=plain",): "--model plain has no image processor; save one to it",
-        (f"--model={run}", "--example=broken.png"): "--example broken.png cannot be read as a picture",
+        (f"--model={run}", "--example=broken.png"): "--example broken.png: not a picture",
+        (f"--model={run}", "--example=half.png"): "--example half.png: .*truncated",
     }.items():
         with pytest.raises(SystemExit, match=message):
             main([*flags, "--repo-id=me/it", "--dry-run"])
@@ -621,8 +627,23 @@ def test_killed_upload(hub, runs, tmp_path):
         assert TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_tokens_are_left_out_of_commands(monkeypatch):
-    words = ["--hub_token", TOKEN, f"--hub_token={TOKEN}", "--data", "a b", f"--name={TOKEN}", "--hub_token", "secret"]
-    monkeypatch.setattr(sys, "argv", [str(Path.cwd() / "scripts" / "run.py"), *words])
-    expected = "python scripts/run.py --hub_token ... --hub_token=... --data 'a b' --name=hf_... --hub_token ..."
-    assert command() == expected
+def test_tokens_and_folders_are_left_out_of_commands(monkeypatch):
+    oauth, organisation = f"hf_oauth_{'d' * 12}.{'e' * 12}.{'f-' * 6}", "api_org_" + "g" * 34
+    words = {
+        f"--hub_token {TOKEN}": "--hub_token ...",
+        f"--hub_token={TOKEN}": "--hub_token=...",
+        "--hub-token secret": "--hub-token ...",
+        "--hub-token='a secret'": "--hub-token=...",
+        "--data 'a b'": "--data 'a b'",
+        f"--name={TOKEN}": "--name=hf_...",
+        f"--name {oauth}": "--name hf_...",
+        organisation: "api_org_...",
+        "--model /home/me/outputs/mine": "--model mine",
+        "--output_dir=/home/me/outputs/mine/": "--output_dir=mine",
+        "--model outputs/mine": "--model outputs/mine",
+        "--hub_token secret": "--hub_token ...",
+    }
+    monkeypatch.setattr(sys, "argv", [str(Path.cwd() / "scripts" / "run.py"), *shlex.split(" ".join(words))])
+    assert command() == " ".join(["python scripts/run.py", *words.values()])
+    monkeypatch.setattr(sys, "argv", ["scripts/run.py", "--hub_token=one\ntwo", "--lr=1e-3"])
+    assert command().endswith("scripts/run.py --hub_token=... --lr=1e-3")
