@@ -317,6 +317,8 @@ class ClusterFormerTrainer(Trainer):
             with self._output_in(unfinished.parent):
                 super()._save_checkpoint(model, trial)
             self._publish(unfinished, output_dir / name)
+        except (torch.OutOfMemoryError, torch.distributed.DistError):  # RuntimeErrors that no disk is the cause of
+            raise
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(output_dir).free / 2**20
             shutil.rmtree(unfinished, ignore_errors=True)

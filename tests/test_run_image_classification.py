@@ -497,6 +497,16 @@ def test_full_disk(pictures, uninterrupted, tmp_path, monkeypatch):
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.distributed.DistBackendError])
+def test_failures_that_no_disk_is_the_cause_of(error, pictures, tmp_path, monkeypatch):
+    def fail(content, path):
+        raise error("no disk")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(error, match="^no disk$"):
+        main(command(pictures, tmp_path, *LONG_RUN, config=RANDOM))
+
+
 def test_training_data_are_told_the_epoch():
     dataset = ImageClassificationDataset([], None, [], seed=0)
     loader = DataLoader(dataset, batch_sampler=[])
