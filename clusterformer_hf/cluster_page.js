@@ -199,11 +199,13 @@ function update(change) {
   writeControls();
   writeReading();
   draw();
-  const shown = Object.entries(state).filter(([, value]) => value != null).map(([name, value]) => name + "=" + value);
-  history.replaceState(null, "", "#" + shown.join("&"));
+  /* Without the pixel: browsers limit how often a page may change its address. */
+  const shown = Object.entries(state).filter(([name, value]) => name !== "pixel" && value != null);
+  const address = "#" + shown.map(([name, value]) => name + "=" + value).join("&");
+  if (address !== location.hash) history.replaceState(null, "", address);
 }
 
-/* The state from the address, as update writes it there. */
+/* The state from the address, as update writes it there, and the pixel if an address names one. */
 function fromAddress() {
   const change = {};
   for (const [name, value] of new URLSearchParams(location.hash.slice(1))) {

@@ -296,6 +296,9 @@ def browser(tmp_path_factory, page):
     command = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if command is None:
         pytest.skip("Chromium is not installed (apt-get install chromium): the page was not looked at in a browser.")
+    version = subprocess.run([command, "--version"], capture_output=True, text=True)
+    if version.returncode != 0:
+        pytest.skip(f"{command} does not start: {version.stderr.strip()[-200:]}")
     folder = tmp_path_factory.mktemp("browser")
     (folder / "page.html").write_text(page, "utf-8")
     browser = Browser(command, folder / "profile")
@@ -391,6 +394,16 @@ def test_an_address_leads_to_what_it_shows(opened):
     opened.evaluate("new Promise(done => setTimeout(done, 100))")
     assert opened.evaluate("[state.stage, state.head, state.iteration, state.object]") == [1, 1, 2, None]
     assert opened.evaluate("state.pixel") == [0.2, 0.4]
+
+
+def test_the_address_is_not_written_as_the_pointer_moves(opened):
+    opened.evaluate("window.written = 0; history.replaceState = () => written++")
+    for place in (0.2, 0.4, 0.6):
+        opened.mouse(place, 0.05, "mouseMoved")
+    assert opened.evaluate("[written, state.pixel != null]") == [0, True]
+    opened.evaluate("update({stage: 1})")
+    assert opened.evaluate("written") == 1
+    opened.evaluate("delete history.replaceState")
 
 
 def test_labels_are_texts_and_nothing_is_fetched(opened):
