@@ -27,7 +27,8 @@ minutes to export for detection and segmentation. The graph is checked on random
 (--images, or those of scikit-image), at several sizes where it is dynamic, and the run fails where it differs from
 PyTorch by more than 0.001 of an output's largest value. --int8 also prints how often the strongest class on the
 photographs is PyTorch's, of a picture, a centre or a pixel. With --dataset_name, the accuracy of PyTorch and of each
-graph: top-1 of a classifier on a folder of class folders, AP of a detector on a folder in COCO's format.
+graph: top-1 of a classifier on a folder of class folders, AP of a detector on a folder in COCO's format, which needs
+`--dynamic size` unless its image processor gives all pictures one size.
 """
 
 import time
@@ -101,6 +102,13 @@ class OnnxModel:
     def __call__(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None = None, **kwargs):
         if pixel_mask is not None and not pixel_mask.all():
             raise ValueError("The graph takes pictures without padding, and `pixel_mask` has zeros.")
+        (graph_input,) = self.session.get_inputs()
+        sides = zip(graph_input.shape, pixel_values.shape, strict=True)
+        if any(isinstance(fixed, int) and fixed != side for fixed, side in sides):
+            raise ValueError(
+                f"The graph takes pixel_values of the shape {graph_input.shape}, got {list(pixel_values.shape)}. "
+                "Export it for this shape, or name what differs in --dynamic: batch or size."
+            )
         outputs = self.session.run(None, {"pixel_values": pixel_values.float().numpy()})
         return pytree.tree_unflatten([torch.from_numpy(output) for output in outputs], self.structure)
 
@@ -224,16 +232,24 @@ def print_speed(runs: dict[str, Callable], pixel_values: torch.Tensor, rounds: i
     print(", ".join(f"{name} {value:.1f} ms ({medians['PyTorch'] / value:.2f}x)" for name, value in medians.items()))
 
 
-def print_accuracy(model: PreTrainedModel, args: Arguments, graphs: dict[str, OnnxModel]):
-    """Top-1 or AP of PyTorch and of each graph, through the task's pipeline."""
-    measure = {
-        "ClusterFormerForImageClassification": top_1,
-        "ClusterFormerForObjectDetection": box_ap,
-    }.get(type(model).__name__)
-    if measure is None:
+def check_accuracy_arguments(model: PreTrainedModel, args: Arguments):
+    """Raises `ValueError` if --dataset_name is set and the accuracy cannot be measured, before minutes of export."""
+    if args.dataset_name is None:
+        return
+    if type(model).__name__ not in ACCURACIES:
         raise ValueError(
             f"--dataset_name is for classifiers and detectors, and {args.model} is {type(model).__name__}."
         )
+    if args.batch_size > 1 and "batch" not in args.dynamic:
+        raise ValueError(
+            f"--dataset_name takes picture by picture, and the graph would take {args.batch_size}: leave --batch_size "
+            "out, or add `batch` to --dynamic."
+        )
+
+
+def print_accuracy(model: PreTrainedModel, args: Arguments, graphs: dict[str, OnnxModel]):
+    """Top-1 or AP of PyTorch and of each graph, through the task's pipeline."""
+    measure = ACCURACIES[type(model).__name__]
     forward = model.forward
     numbers = []
     for name, run in {"PyTorch": forward, **graphs}.items():
@@ -278,9 +294,13 @@ def box_ap(model: PreTrainedModel, args: Arguments) -> float:
     return average_precision(data.ground_truth(), results)["AP"]
 
 
+ACCURACIES = {"ClusterFormerForImageClassification": top_1, "ClusterFormerForObjectDetection": box_ap}
+
+
 def main(args: list[str] | None = None):
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args)
     model = load_model(args.model)
+    check_accuracy_arguments(model, args)
     try:
         image_processor = AutoImageProcessor.from_pretrained(args.model)
     except OSError:

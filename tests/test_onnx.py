@@ -138,11 +138,15 @@ def test_detector_and_its_average_precision(tmp_path, capsys):
     processor = DeformableDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 64})
     model = save(ClusterFormerForObjectDetection, tmp_path / "model", processor)
     scenes = write_digit_scenes(tmp_path / "scenes", num_train=1, num_test=3, size=64)
-    flags = [f"--model={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}", "--rounds=1"]
+    flags = [f"--model={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}", "--rounds=1", "--dynamic=batch"]
     main([*flags, f"--dataset_name={scenes}", "--images", str(scenes / "test" / "000001.png")])
     found = re.search(r"AP on .*: PyTorch (\S+), ONNX (\S+)", capsys.readouterr().out)
     assert 0 <= float(found[1]) <= 1 and float(found[2]) == pytest.approx(float(found[1]), abs=1e-3)
-    assert_same(model, tmp_path / "out" / "model.onnx", torch.randn(1, 3, 64, 64))
+    for batch_size in (1, 3):
+        assert_same(model, tmp_path / "out" / "model.onnx", torch.randn(batch_size, 3, 64, 64))
+    graph = export_onnx.OnnxModel(tmp_path / "out" / "model.onnx", None)
+    with pytest.raises(ValueError, match=r"of the shape \['.*', 3, 64, 64\], got \[1, 3, 64, 96\]\. Export"):
+        graph(torch.randn(1, 3, 64, 96))
 
 
 def test_a_graph_that_differs_is_refused():
@@ -171,6 +175,11 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="--dynamic takes batch and size, got width"):
         main([f"--model={tmp_path / 'vit'}", out, "--dynamic", "width"])
     model = save(ClusterFormerForImageClassification, tmp_path / "model")
+    save(ClusterFormerBackbone, tmp_path / "backbone")
+    with pytest.raises(ValueError, match="is for classifiers and detectors, and .*backbone is ClusterFormerBackbone"):
+        main([f"--model={tmp_path / 'backbone'}", out, "--dataset_name=pictures"])
+    with pytest.raises(ValueError, match="takes picture by picture, and the graph would take 4"):
+        main([f"--model={tmp_path / 'model'}", out, "--dataset_name=pictures", "--batch_size=4"])
     state = model.state_dict()
     del state["classifier.weight"]
     model.save_pretrained(tmp_path / "model", state_dict=state)
