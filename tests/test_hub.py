@@ -440,12 +440,13 @@ for repo, revision in json.loads(sys.argv[2]).items():
         with contextlib.redirect_stdout(printed):
             exec(compile(block, repo, "exec"), {})
         print(repo, repr(printed.getvalue()[:300]))
-    # An earlier commit, whose weights are others.
+    # An earlier commit, whose weights and code are others.
     name = AutoConfig.from_pretrained(repo, trust_remote_code=True).architectures[0]
     new, pinned = (
-        AutoModel.from_pretrained(repo, trust_remote_code=True, code_revision=code, revision=code)
-        for code in ("main", revision)
+        AutoModel.from_pretrained(repo, trust_remote_code=True, revision=commit) for commit in ("main", revision)
     )
+    codes = [hasattr(sys.modules[type(model).__module__], "LATER") for model in (new, pinned)]
+    assert codes == [True, False], codes
     weights, others = new.state_dict(), pinned.state_dict()
     name = next(iter(weights))
     assert torch.equal(weights[name], others[name] + 1), name
@@ -453,7 +454,7 @@ for repo, revision in json.loads(sys.argv[2]).items():
 
 
 def test_publish_and_load_from_the_hub(hub, runs, exported, tmp_path, capsys):
-    """Each kind twice, the second with other weights; the code of the cards runs as it is printed."""
+    """Each kind twice, the second with other weights and code; the code of the cards runs as it is printed."""
     pinned = {}
     for kind, run in runs.items():
         main([f"--model={run}", f"--repo-id=me/{kind}"])
@@ -471,6 +472,9 @@ def test_publish_and_load_from_the_hub(hub, runs, exported, tmp_path, capsys):
         KINDS[kind][1](size=SIZE).save_pretrained(tmp_path / kind)
         main([f"--model={tmp_path / kind}", f"--repo-id=me/{kind}"])
         assert f"Published as {hub.url}/me/{kind}/commit/{repository.branches['main']}" in capsys.readouterr().out
+        published = repository.commits[repository.branches["main"]]
+        later_code = published["modeling_clusterformer.py"] + b"LATER = True\n"
+        repository.commit("main", published | {"modeling_clusterformer.py": later_code})
     result = subprocess.run(
         [sys.executable, "-c", BLOCKED + RUN_CARDS, NOT_NEEDED, json.dumps(pinned)],
         env=environment_for(hub, tmp_path / "home"),
