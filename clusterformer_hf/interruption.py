@@ -14,12 +14,17 @@
 """Ending a training on a signal: at the end of a step, in all processes at the same one, with a checkpoint."""
 
 import logging
+import multiprocessing
+import os
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 
@@ -82,6 +87,31 @@ class InterruptionCallback(TrainerCallback):
         if args.world_size > 1:
             torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
         return bool(told.item())
+
+
+def undisturbed(loader: DataLoader) -> DataLoader:
+    """
+    The loader, whose workers go on after the signals: these often come to all processes of a group, and the training
+    needs its data up to the end of a step. Workers end when the process that started them says so, or is gone.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        starts_workers = getattr(loader, "base_dataloader", loader)  # in what accelerate makes of a loader
+        starts_workers.worker_init_fn = partial(_start_worker, starts_workers.worker_init_fn)
+    return loader
+
+
+def _start_worker(initialise: Callable[[int], None] | None, worker: int):
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    parent = multiprocessing.parent_process().pid
+    threading.Thread(target=_end_when_told_by, args=(parent,), daemon=True).start()
+    if initialise is not None:
+        initialise(worker)
+
+
+def _end_when_told_by(process: int):
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)
 
 
 def mark(output_dir: str | Path, interrupted: bool):

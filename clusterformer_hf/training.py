@@ -36,7 +36,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import UNFINISHED_FOLDER, check_same_model, find_checkpoint, prune, publish
 from .data.streaming import StreamingDataset
-from .interruption import EXIT_CODE, InterruptionCallback, mark
+from .interruption import EXIT_CODE, InterruptionCallback, mark, undisturbed
 from .loss_clusterformer import accumulated
 from .model_card import RECORD_NAME, TrainingRecord, render_model_card
 from .modeling_clusterformer import ClusterFormerPreTrainedModel
@@ -222,8 +222,11 @@ class ClusterFormerTrainer(Trainer):
 
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, StreamingDataset):  # is this process's part already
-            return self.train_dataset.loader(self.args, self.data_collator)
-        return super().get_train_dataloader()
+            return undisturbed(self.train_dataset.loader(self.args, self.data_collator))
+        return undisturbed(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        return undisturbed(super().get_eval_dataloader(*args, **kwargs))
 
     def num_examples(self, dataloader) -> int:
         return getattr(dataloader.dataset, "num_samples", None) or super().num_examples(dataloader)

@@ -53,12 +53,13 @@ from scripts.run_image_classification import main
 
 folder, num_kills, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 
-def start(name, resume="auto"):
+def start(name, *more, resume="auto"):
     process = os.fork()
     if process == 0:
+        os.setsid()
         code = 1
         try:
-            main([*flags, f"--output_dir={folder}/{name}", f"--resume_from_checkpoint={resume}"])
+            main([*flags, *more, f"--output_dir={folder}/{name}", f"--resume_from_checkpoint={resume}"])
             code = 0
         except SystemExit as end:
             code = end.code
@@ -80,9 +81,9 @@ duration = time.monotonic() - begin
 
 codes = {}
 for name in ("SIGTERM", "SIGUSR1"):
-    process = start(name)
+    process = start(name, "--dataloader_num_workers=2")
     wait_until(process, lambda: os.path.isdir(f"{folder}/{name}/checkpoint-2"))
-    os.kill(process, getattr(signal, name))
+    os.killpg(process, getattr(signal, name))  # the workers too
     codes[name] = [end(process), os.path.exists(f"{folder}/{name}/interrupted")]
     codes[name] += [end(start(name)), os.path.exists(f"{folder}/{name}/interrupted")]
 
