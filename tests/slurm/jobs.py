@@ -55,12 +55,14 @@ def cluster(tmp_path_factory):
     if os.geteuid() != 0 or shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is None:
         pytest.exit("Slurm's tests need root and Slurm: see tests/slurm/cluster.sh.", returncode=2)
     folder = str(tmp_path_factory.mktemp("slurm"))
-    subprocess.run([*CLUSTER, "start", folder], check=True, timeout=120)
     environment = {**os.environ, "SLURM_CONF": f"{folder}/slurm.conf", "PYTHON": sys.executable}
     environment |= {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(ROOT), "STEP_SECONDS": "0.1"}
-    yield environment
-    subprocess.run([*CLUSTER, "stop", folder], check=True, timeout=120)
+    try:
+        subprocess.run([*CLUSTER, "start", folder], check=True, timeout=120)
+        yield environment
+    finally:
+        subprocess.run([*CLUSTER, "stop", folder], check=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
