@@ -39,10 +39,10 @@ RESULTS_NAME = "eval_results.json"
 PICTURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+)\)")  # of the same folder, in Markdown
 # What Auto classes load each model from its repository, where this package is not installed, beside AutoModel and
 # AutoBackbone. Pipelines take the first that they find, so a class that would read the weights in another way is not
-# named.
+# named. A ClusterFormerBackbone is not published: AutoModel and the pipeline would read its weights as those of a
+# ClusterFormerModel, which AutoBackbone loads as well.
 AUTO_CLASSES = {
     "ClusterFormerModel": (),
-    "ClusterFormerBackbone": (),
     "ClusterFormerForImageClassification": ("AutoModelForImageClassification",),
     "ClusterFormerForObjectDetection": ("AutoModelForObjectDetection",),
     "ClusterFormerForSemanticSegmentation": ("AutoModelForSemanticSegmentation", "AutoModelForImageSegmentation"),
@@ -100,7 +100,9 @@ def export_repository(
     """
     check_repo_id(repo_id)
     if type(model).__name__ not in AUTO_CLASSES or not isinstance(model, ClusterFormerPreTrainedModel):
-        raise ValueError(f"{type(model).__module__}.{type(model).__name__} is no model of this package.")
+        raise ValueError(
+            f"{type(model).__module__}.{type(model).__name__} cannot be published, only {', '.join(AUTO_CLASSES)}."
+        )
     out_dir = Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} is not an empty folder.")

@@ -63,7 +63,9 @@ def load_model(folder: Path):
         raise ValueError(f"--model {folder} is no folder of a saved model: it has no config.json.")
     names = ClusterFormerConfig.from_pretrained(folder).architectures or []
     if len(names) != 1 or names[0] not in AUTO_CLASSES:
-        raise ValueError(f"--model {folder} is no ClusterFormer: its config names {names}.")
+        raise ValueError(
+            f"--model {folder} cannot be published: its config names {names}, and not one of {', '.join(AUTO_CLASSES)}."
+        )
     model_class = getattr(clusterformer_hf, names[0])
     try:
         model, report = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)

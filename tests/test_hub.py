@@ -38,6 +38,7 @@ from transformers import (
 from transformers.pipelines import SUPPORTED_TASKS
 
 from clusterformer_hf import (
+    ClusterFormerBackbone,
     ClusterFormerConfig,
     ClusterFormerForImageClassification,
     ClusterFormerForObjectDetection,
@@ -299,7 +300,7 @@ def test_what_is_not_exported(runs, tmp_path):
     for repo_id in ("it", "me/it/more", "me/--it", "me/it?"):
         with pytest.raises(ValueError, match="is no name of a repository"):
             export_repository(model, processor, tmp_path / "out", repo_id)
-    with pytest.raises(ValueError, match="torch.*Linear is no model of this package"):
+    with pytest.raises(ValueError, match="torch.*Linear cannot be published, only ClusterFormerModel, "):
         export_repository(torch.nn.Linear(1, 1), processor, tmp_path / "out", "me/it")
     assert not (tmp_path / "out").exists()
 
@@ -566,6 +567,7 @@ def test_wrong_model_folders(tmp_path, runs, monkeypatch):
     for name in ("empty", "other"):
         (tmp_path / name).mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "clusterformer", "architectures": ["SwinModel"]}')
+    ClusterFormerBackbone(ClusterFormerConfig(**NANO)).save_pretrained(tmp_path / "backbone")
     build("classifier").save_pretrained(tmp_path / "plain")
     shutil.copytree(tmp_path / "plain", tmp_path / "half")
     weights = load_file(tmp_path / "half" / "model.safetensors")
@@ -578,7 +580,8 @@ def test_wrong_model_folders(tmp_path, runs, monkeypatch):
     for flags, message in {
         ("--model=nowhere",): "--model nowhere is no folder of a saved model: it has no config.json.",
         ("--model=empty",): "--model empty is no folder of a saved model",
-        ("--model=other",): "--model other is no ClusterFormer: its config names \\['SwinModel'\\].",
+        ("--model=other",): "--model other cannot be published: its config names \\['SwinModel'\\], and not one of",
+        ("--model=backbone",): "--model backbone cannot be .*Backbone'\\], and not one of ClusterFormerModel, ",
         ("--model=half",): "--model half holds other weights than .*Classification has. missing: classifier.bias.",
         ("--model=plain",): "--model plain has no image processor; save one to it",
         (f"--model={run}", "--example=broken.png"): "--example broken.png: not a picture",
