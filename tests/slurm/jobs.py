@@ -20,6 +20,7 @@ preempted or meet their time limit and end with the weights of an undisturbed on
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,7 +105,12 @@ class Job:
         self.wait_until((self.folder / "out" / f"checkpoint-{step}").exists)
 
     def wait(self):
-        self.wait_until(lambda: not self.command("squeue", "-h", "-j", self.number, "-t", "PD,R,CG,CF").strip())
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        self.wait_until(lambda: self.state() in ended)
+
+    def state(self) -> str | None:
+        found = re.search(r"JobState=(\w+)", self.command("scontrol", "--oneliner", "show", "job", self.number))
+        return found and found[1]
 
     def starts(self) -> int:
         return self.text().count(f"Job {self.number}, start ")
@@ -149,9 +155,9 @@ def test_preempted(cluster, digits, undisturbed, tmp_path):
 
 
 def test_time_limit(cluster, digits, undisturbed, tmp_path):
-    """The limit is a minute; the job takes longer."""
-    flags = ["--time=1", "--signal=B:USR1@25"]
-    job = Job(cluster, digits, tmp_path / "job", *flags, STEP_SECONDS="0.6")
+    """The limit is two minutes, and Slurm may send its signal a minute early; the job takes longer than that."""
+    flags = ["--time=2", "--signal=B:USR1@25"]
+    job = Job(cluster, digits, tmp_path / "job", *flags, STEP_SECONDS="1.2")
     job.wait()
     assert job.starts() >= 2 and job.weights() == undisturbed and "Interrupted (SIGUSR1)" in job.text()
 
