@@ -148,7 +148,7 @@ def check_command(words: list[str]):
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def sandbox(tmp_path, monkeypatch):
     """An empty folder, where `USER/NAME` is a repository on a Hub of this machine."""
     monkeypatch.chdir(tmp_path)
     for folder in ("scripts", "conversion"):
@@ -159,7 +159,7 @@ def workplace(tmp_path, monkeypatch):
         yield hub
 
 
-def test_readme(workplace):
+def test_readme(sandbox):
     """
     Python and scripts run in this process; a training runs with the flags of `SHORTER` behind its own. Of `make` the
     targets are looked up, and of launchers and of scripts without an entry in `SHORTER` the files and flags.
@@ -181,7 +181,7 @@ def test_readme(workplace):
         except (Exception, SystemExit) as error:
             raise AssertionError(f"The code in line {line} of README.md fails: {error}") from error
     assert prepared == PREPARATIONS.keys()  # no section has another name now
-    assert "USER/NAME" in workplace.repositories
+    assert "USER/NAME" in sandbox.repositories
     for name in ("mine", "detector", "semantic", "panoptic", "predictions", "converted"):
         assert any(Path("outputs", name).iterdir()), name
     assert Path("back.pth").exists() and Path("stages.png").exists()
