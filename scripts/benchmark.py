@@ -27,7 +27,6 @@ A section is a function from [`Settings`] to tables; a new task is one more entr
 
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -38,7 +37,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import transformers
 from plain_released import PlainReleasedClustering
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -70,6 +68,7 @@ from clusterformer_hf import (
     ClusterFormerForObjectDetection,
     ClusterFormerForUniversalSegmentation,
 )
+from clusterformer_hf.provenance import environment, machine
 
 
 # A call faster than this is repeated within its turn: the clock and the wait for an accelerator cost time too.
@@ -482,29 +481,16 @@ def markdown(result: dict) -> str:
     return "\n".join([f"## {result['title']}", f"({note})", *lines, ""])
 
 
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    )
-    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
-
-
 def describe(settings: Settings) -> dict:
     """When, where and with what the numbers were taken."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": str(settings.device),
+        **environment(),
         "machine": machine(settings.device),
-        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
         "dtype": str(settings.dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 

@@ -21,8 +21,6 @@ runs may be done one by one, in any order and on several days; a run that is in 
 
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -31,9 +29,10 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-import transformers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+
+from clusterformer_hf.provenance import environment, machine
 
 
 WARM_UP_STEPS = 150
@@ -138,13 +137,12 @@ def add_missing_runs(
 
 
 def describe_machine() -> dict:
+    """When and with what a run was done; training is on the CPU."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **environment(),
+        "machine": machine(torch.device("cpu")),
     }
 
 
