@@ -40,6 +40,8 @@ import numpy as np
 from PIL import Image
 from transformers import HfArgumentParser
 
+from .folders import require_new
+
 
 SPLITS = ("train", "test")
 NUM_CLASSES = 10
@@ -243,8 +245,7 @@ def write_digit_scenes(
             raise ValueError(f"{name} must be at least {least}, got {value}.")
     _check_size(size)
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is there already and not an empty folder; name another or remove it.")
+    require_new(output)
     for split, number in zip(SPLITS, (num_train, num_test)):
         _write_split(output, split, number, seed, size)
     names = {label: str(label) for label in range(NUM_CLASSES)} | {BACKGROUND: "background"}

@@ -27,6 +27,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from .digit_scenes import load_digits
+from .folders import require_new
 
 
 def write_digits(output: str | Path, num_train: int = 4000, num_val: int = 1000) -> Path:
@@ -37,8 +38,7 @@ def write_digits(output: str | Path, num_train: int = 4000, num_val: int = 1000)
         `FileExistsError`: if the folder is there and not empty.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is there already and not an empty folder; name another or remove it.")
+    require_new(output)
     for folder, split, number in (("train", "train", num_train), ("val", "test", num_val)):
         pixels, labels = load_digits(split)
         for digit in range(10):

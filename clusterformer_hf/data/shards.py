@@ -45,6 +45,7 @@ from .classification import (
     pick_columns,
     split_off_validation,
 )
+from .folders import require_new
 from .images import image_name
 from .label_maps import read_class_names
 
@@ -224,8 +225,7 @@ class Arguments:
 def main(args: list[str] | None = None):
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args)
     output = Path(args.output)
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is there already and not empty; name another or remove it.")
+    require_new(output)
     splits, unread = load_pictures(args.dataset_name)
     splits = pick_columns(splits, None, None)
     for split, rows in splits.items():
