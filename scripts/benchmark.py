@@ -27,6 +27,7 @@ A section is a function from [`Settings`] to tables; a new task is one more entr
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -68,6 +69,7 @@ from clusterformer_hf import (
     ClusterFormerForObjectDetection,
     ClusterFormerForUniversalSegmentation,
 )
+from clusterformer_hf.data.digits import write_digits
 from clusterformer_hf.provenance import environment, machine
 
 
@@ -77,6 +79,17 @@ NUM_LABELS = 1000
 # COCO's, with those that its file leaves out, and its classes of things and stuff.
 DETECTION_LABELS, SEGMENTATION_LABELS = 91, 133
 BACKBONE_STAGES = ["stage1", "stage2", "stage3", "stage4"]
+# A training on files whose loader and model take about as long as each other, on one core each.
+LOADED_DIGITS, LOADED_BATCH_SIZE = 4000, 64
+LOADED_MODEL = {
+    "image_size": 32,
+    "hidden_sizes": [16, 32, 64, 80],
+    "depths": [1, 1, 1, 1],
+    "num_attention_heads": [1, 1, 2, 2],
+    "center_grid": [4, 4, 4, 4],
+    "sr_ratios": [2, 1, 1, 1],
+}
+AUGMENTATION = ["--crop_scale=1", "--affine=12", "--randaugment_magnitude=9", "--random_erasing=0.25"]
 
 
 @dataclass
@@ -291,11 +304,48 @@ def forward_tables(name: str, builders: dict, sizes, batch_sizes: list[int], set
 
 
 def training(settings: Settings):
-    """Classifiers of the same size, a whole training step: forward, backward, AdamW."""
+    """Classifiers of the same size, a whole training step: forward, backward, AdamW; and a training from files."""
     size, batch_size = settings.arguments.training_size, settings.arguments.training_batch_size
     builders = {**CLASSIFIERS, "ClusterFormer-T, gradient checkpointing": checkpointed}
     labels = {"labels": torch.randint(NUM_LABELS, (batch_size,), device=settings.device)}
     yield training_table("training step", builders, batch_size, (size, size), labels, settings)
+    yield loader_table(settings)
+
+
+def loader_table(settings: Settings) -> dict:
+    """Samples a second of the training script's loader, of its model, and of both together."""
+    is_cpu = settings.device.type == "cpu"
+    workers = 1 if is_cpu else max(1, os.cpu_count() - 1)
+    speeds = training_throughput(settings, workers)
+    names = {"loader": "loader alone", "model": "model alone", "both": "both together"}
+    slower = min(speeds["loader"], speeds["model"])
+    rows = [
+        {"measured": name, "samples_per_second": speeds[key], "of_slower": speeds[key] / slower}
+        for key, name in names.items()
+    ]
+    note = f"digits from PNG files, batch {LOADED_BATCH_SIZE}, data workers: {workers}"
+    if is_cpu:
+        note += f", model on one thread: to overlap, each needs an idle core for itself, of {os.cpu_count()} here"
+    return {"title": "training from files", "note": note, "rows": rows}
+
+
+def training_throughput(settings: Settings, workers: int) -> dict[str, float]:
+    """What `--measure_throughput` of scripts/run_image_classification.py finds, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        digits = write_digits(Path(folder, "digits"), LOADED_DIGITS, 10)
+        flags = [f"--dataset_name={digits}", f"--output_dir={folder}/out", "--do_train", "--measure_throughput"]
+        flags += [f"--config_overrides={json.dumps(LOADED_MODEL)}", f"--dataloader_num_workers={workers}"]
+        flags += [f"--per_device_train_batch_size={LOADED_BATCH_SIZE}", "--report_to=none", *AUGMENTATION]
+        flags += {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(settings.dtype, [])
+        variables = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache"}
+        if settings.device.type == "cpu":
+            flags.append("--use_cpu")
+            variables["OMP_NUM_THREADS"] = "1"
+        command = [sys.executable, str(Path(__file__).with_name("run_image_classification.py")), *flags]
+        ended = subprocess.run(command, env=variables, capture_output=True, text=True)
+        if ended.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{ended.stderr[-2000:]}")
+        return json.loads(Path(folder, "out", "throughput_results.json").read_text())
 
 
 def training_table(title: str, builders: dict, batch_size: int, size: tuple[int, int], labels: dict, settings) -> dict:
@@ -465,20 +515,28 @@ COLUMNS = {
     "mebibytes": ("peak MiB", "{:.1f}"),
     "gmacs": ("GMACs", "{:.2f}"),
     "peak_share": ("share of peak", "{:.2f}"),
+    "measured": ("measured", "{}"),
+    "samples_per_second": ("samples/s", "{:.1f}"),
+    "of_slower": ("of the slower alone", "{:.2f}"),
 }
 
 
 def markdown(result: dict) -> str:
     """A table as text."""
-    cells = [[title for title, _ in COLUMNS.values()]]
-    cells += [[form.format(row[key]) for key, (_, form) in COLUMNS.items()] for row in result["rows"]]
+    columns = {key: COLUMNS[key] for key in result["rows"][0]}
+    cells = [[title for title, _ in columns.values()]]
+    cells += [[form.format(row[key]) for key, (_, form) in columns.items()] for row in result["rows"]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    return "\n".join([f"## {result['title']}", f"({result.get('note') or rounds_note(result)})", *lines, ""])
+
+
+def rounds_note(result: dict) -> str:
     note = f"{result['rounds']} rounds, matrix product at {result['product_gflops']:.0f} GFLOP/s"
     if "largest_difference" in result:
         note += f", logits differ by {result['largest_difference']:.1e} of the largest"
-    return "\n".join([f"## {result['title']}", f"({note})", *lines, ""])
+    return note
 
 
 def describe(settings: Settings) -> dict:

@@ -123,6 +123,8 @@ def test_runs_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "released", nano_released)
     monkeypatch.setattr(benchmark, "DETECTORS", nano_detectors())
     monkeypatch.setattr(benchmark, "SEGMENTERS", nano_segmenters())
+    monkeypatch.setattr(benchmark, "LOADED_DIGITS", 120)
+    monkeypatch.setattr(benchmark, "LOADED_BATCH_SIZE", 2)
     output = tmp_path / "results.json"
     flags = "--sizes 32 64 --batch_sizes 1 2 --training_size 32 --training_batch_size 2 --released_sizes 128"
     flags += " --detection_sizes 64x96 --segmentation_sizes 64x64 --segmentation_training_size 64x64"
@@ -134,16 +136,24 @@ def test_runs_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
     assert run["machine"]["threads"] == torch.get_num_threads()
     assert run["machine"]["torch"] == torch.__version__
     assert [table["section"] for table in run["tables"]] == (
-        ["inference"] * 4 + ["training", "detection"] + ["segmentation"] * 2 + ["released"] * 2
+        ["inference"] * 4 + ["training"] * 2 + ["detection"] + ["segmentation"] * 2 + ["released"] * 2
     )
     printed = capsys.readouterr().out
     for table in run["tables"]:
         assert f"## {table['title']}\n" in printed
-        assert table["rows"][0]["speed_of_first"] == table["rows"][0]["memory_of_first"] == 1
         for row in table["rows"]:
-            assert all(value > 0 for key, value in row.items() if key != "model"), row
+            assert all(value > 0 for key, value in row.items() if key not in ("model", "measured")), row
+    loader = run["tables"].pop(5)
+    for table in run["tables"]:
+        assert table["rows"][0]["speed_of_first"] == table["rows"][0]["memory_of_first"] == 1
     assert [row["model"] for row in run["tables"][0]["rows"]] == ["ClusterFormer-T", "Swin-T", "ConvNeXt-T"]
     assert all(table["largest_difference"] < 1e-3 for table in run["tables"] if table["section"] == "released")
+
+    alone = {row["measured"]: row for row in loader["rows"]}
+    assert list(alone) == ["loader alone", "model alone", "both together"]
+    slower = min(alone[name]["samples_per_second"] for name in ("loader alone", "model alone"))
+    assert all(row["of_slower"] == row["samples_per_second"] / slower for row in loader["rows"])
+    assert "data workers: 1, model on one thread: to overlap, each needs an idle core for itself" in printed
 
 
 def test_ratios_are_against_the_first(benchmark, monkeypatch):
@@ -220,6 +230,14 @@ def test_contestants_take_turns(benchmark, monkeypatch):
     medians, rounds = benchmark.interleaved_medians(runs, rounds=4, min_seconds=0)
     assert turns == list("ABC") * 4
     assert rounds == 4 and len(medians) == 3
+
+
+def test_a_training_that_fails_is_shown(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "LOADED_DIGITS", 10)
+    monkeypatch.setattr(benchmark.sys, "executable", "false")  # a program that fails
+    settings = benchmark.Settings(benchmark.BenchmarkArguments(), torch.device("cpu"), torch.float32)
+    with pytest.raises(RuntimeError, match="run_image_classification.py .*--measure_throughput.* failed:"):
+        benchmark.loader_table(settings)
 
 
 @pytest.mark.parametrize(
