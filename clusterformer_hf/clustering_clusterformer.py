@@ -318,8 +318,9 @@ class ClusterFormerReleasedClustering(nn.Module):
     forms. Both regroup memory rather than space: reshapes without the transpose that their names suggest, which trained
     weights depend on. Computed without any tensor of shape (groups, K, N, d).
 
-    The regrouping makes many centres parallel, so that rounding alone decides between them. The operations therefore
-    keep the released code's order, which chooses the same centres on the same machine.
+    The regrouping makes many centres parallel, so that rounding alone decides between them. In float64, in which the
+    two are compared, the operations therefore keep the released code's order, which chooses the same centres on the
+    same machine; in other dtypes they take the order that runs along the memory.
     """
 
     def __init__(self, config: ClusterFormerConfig, stage_idx: int):
@@ -388,10 +389,9 @@ class ClusterFormerReleasedClustering(nn.Module):
     def cluster_and_dispatch(self, points, keys, values, pooling=None) -> tuple[torch.Tensor, torch.Tensor]:
         """(groups, d, height, width) each; the update (groups, N, d) and the index of the centre (groups, N)."""
         num_groups, head_dim = points.shape[:2]
-        centers = self.pool(points, pooling)
         center_features = self.pool(values, pooling).reshape(num_groups, -1, head_dim)
         keys, values = keys.reshape(num_groups, -1, head_dim), values.reshape(num_groups, -1, head_dim)
-        centers = (self.attend if self.flash else self.recur)(centers, keys, values)
+        centers = (self.attend if self.flash else self.recur)(points, keys, values, pooling)
         similarity, nearest = self.nearest_center(centers, points.flatten(2))
         return aggregate_and_dispatch(similarity, nearest, values, center_features), nearest
 
@@ -402,30 +402,66 @@ class ClusterFormerReleasedClustering(nn.Module):
         num_groups = batch_size * self.num_heads * rows * columns
         return features.reshape(num_groups, channels // self.num_heads, height // rows, width // columns)
 
-    def recur(self, centers, keys, values) -> torch.Tensor:
+    def recur(self, points, keys, values, pooling) -> torch.Tensor:
         """T times softmax over the centres of query-key products, unscaled; the M-step does not divide by the mass."""
-        num_groups, head_dim, num_centers = centers.shape
+        num_groups, head_dim = points.shape[:2]
         weight, bias = self.query.weight.flatten(1).expand(num_groups, -1, -1), self.query.bias[:, None]
-        for _ in range(self.num_iterations):
-            queries = torch.baddbmm(bias, weight, centers).reshape(num_groups, num_centers, head_dim)
-            assignments = (queries @ keys.mT).softmax(dim=-2)
-            centers = (assignments @ values).reshape(num_groups, head_dim, num_centers)
+        if keeps_released_order(points) or pooling is None:
+            queries = torch.baddbmm(bias, weight, self.pool(points, pooling))
+        else:  # fewer pixels than centres: project these
+            queries = self.pool(torch.baddbmm(bias, weight, points.flatten(2)), pooling)
+        for iteration in range(self.num_iterations):
+            if iteration > 0:
+                queries = torch.baddbmm(bias, weight, centers)
+            queries = queries.reshape(num_groups, -1, head_dim)
+            if keeps_released_order(points):
+                assignments = (queries @ keys.mT).softmax(dim=-2)
+            else:
+                assignments = (keys @ queries.mT).softmax(dim=-1).mT
+            centers = (assignments @ values).reshape(num_groups, head_dim, -1)
         return centers
 
-    def attend(self, centers, keys, values) -> torch.Tensor:
+    def attend(self, points, keys, values, pooling) -> torch.Tensor:
         """T times ordinary attention of the centres over the pixels, heads taken from the groups in memory order."""
+        centers = self.pool(points, pooling)
         num_groups, head_dim, num_centers = centers.shape
         shape = (num_groups // self.num_heads, -1, self.num_heads, head_dim)
         queries, keys, values = (tensor.reshape(shape).transpose(1, 2) for tensor in (centers, keys, values))
+        attention = F.scaled_dot_product_attention
+        if runs_eagerly_on_cpu(keys) and not keeps_released_order(keys) and keys.shape[2] <= num_centers:
+            attention = attend_few
         for _ in range(self.num_iterations):
-            queries = F.scaled_dot_product_attention(queries, keys, values)
+            queries = attention(queries, keys, values)
         return queries.transpose(1, 2).reshape(num_groups, head_dim, num_centers)
 
     def nearest_center(self, centers, points) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sigmoid of the scaled cosine to the most similar centre and its index: (groups, N) each."""
-        cosine = F.normalize(centers.mT, dim=-1) @ F.normalize(points.mT, dim=-1).mT
-        similarity, nearest = (self.sim_beta + self.sim_alpha * cosine).sigmoid().max(dim=1)
-        return similarity.to(points.dtype), nearest
+        """
+        Sigmoid of the scaled cosine to the most similar centre and its index, (groups, N) each, of centres (groups, d,
+        K) and points (groups, d, N).
+        """
+        if keeps_released_order(points):
+            cosine = F.normalize(centers.mT, dim=-1) @ F.normalize(points.mT, dim=-1).mT
+            similarity, nearest = (self.sim_beta + self.sim_alpha * cosine).sigmoid().max(dim=1)
+            return similarity, nearest
+        cosine = (points / column_norms(points)).to(points.dtype).mT @ centers / column_norms(centers)
+        similarity, nearest = (self.sim_beta + self.sim_alpha * cosine).max(dim=-1)
+        return similarity.sigmoid().to(points.dtype), nearest
+
+
+def keeps_released_order(tensor: torch.Tensor) -> bool:
+    """See [`ClusterFormerReleasedClustering`]."""
+    return tensor.dtype == torch.float64
+
+
+def column_norms(matrices: torch.Tensor) -> torch.Tensor:
+    """(groups, d, N) -> (groups, 1, N), without zeros. `vector_norm` takes 20 times as long on the CPU."""
+    return matrices.float().square().sum(dim=1, keepdim=True).clamp_min(MIN_NORM**2).sqrt()
+
+
+def attend_few(queries, keys, values) -> torch.Tensor:
+    """Attention over so few keys that the product of all queries and keys is small beside the queries."""
+    logits = keys @ queries.mT * queries.shape[-1] ** -0.5
+    return logits.softmax(dim=-2).mT @ values
 
 
 def aggregate_and_dispatch(similarity, nearest, values, center_features) -> torch.Tensor:
@@ -442,11 +478,16 @@ def aggregate_and_dispatch(similarity, nearest, values, center_features) -> torc
         `torch.Tensor` of shape `(groups, N, d)`.
     """
     num_groups, num_centers, head_dim = center_features.shape
+    weighted = values * similarity[..., None]
+    if nearest.shape[1] <= num_centers:
+        # Few pixels: each sums over those of its own centre, and other centres need no feature.
+        shared = (nearest[:, :, None] == nearest[:, None]).to(values.dtype)
+        own = center_features.gather(1, nearest[..., None].expand(-1, -1, head_dim))
+        mean = (own + shared @ weighted) / (1 + shared.sum(dim=-1, keepdim=True))
+        return mean * similarity[..., None]
     offset = torch.arange(num_groups, device=nearest.device)[:, None] * num_centers
     index = (nearest + offset).flatten()
-    weighted = (values * similarity[..., None]).flatten(0, 1)
-    total = torch.zeros_like(center_features).flatten(0, 1).index_add(0, index, weighted)
-    total = total + center_features.flatten(0, 1)
+    total = center_features.flatten(0, 1).index_add(0, index, weighted.flatten(0, 1))
     count = similarity.new_ones(num_groups * num_centers).index_add(0, index, torch.ones_like(similarity).flatten())
     mean = total.index_select(0, index) / count.index_select(0, index)[:, None]
     return mean.unflatten(0, (num_groups, -1)) * similarity[..., None]

@@ -35,6 +35,7 @@ from .clustering_clusterformer import (
     ClusterFormerRecurrentClustering,
     ClusterFormerReleasedClustering,
     StageGeometry,
+    keeps_released_order,
     pixel_mask_from_sizes,
     runs_eagerly_on_cpu,
     split_heads,
@@ -62,9 +63,7 @@ from .loss_clusterformer import (
 logger = logging.get_logger(__name__)
 
 # Pixels that the feed-forward network takes at a time in inference on the CPU: their hidden features stay in the cache.
-FEED_FORWARD_CHUNK = 2048
-# Channels of a released feed-forward network that are activated at a time in inference on the CPU.
-ACTIVATION_CHUNK = 64
+FEED_FORWARD_CHUNK = 1024
 # Elements from which a weight no longer fits the cache beside a small map.
 LARGE_WEIGHT = 2**20
 
@@ -393,13 +392,15 @@ class ClusterFormerReleasedMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.fc1(hidden_states)
-        if runs_eagerly_on_cpu(hidden_states) and not torch.is_grad_enabled():
-            for channels in hidden_states.split(ACTIVATION_CHUNK, dim=1):  # in place: half the memory
-                channels.copy_(self.activation(channels))
-        else:
-            hidden_states = self.activation(hidden_states)
-        return self.dropout(self.fc2(self.dropout(hidden_states)))
+        in_parts = runs_eagerly_on_cpu(hidden_states) and not keeps_released_order(hidden_states)
+        if in_parts and not torch.is_grad_enabled() and not self.training:
+            rows = max(FEED_FORWARD_CHUNK // (hidden_states.shape[0] * hidden_states.shape[3]), 1)
+            return torch.cat([self.project(part) for part in hidden_states.split(rows, dim=2)], dim=2)
+        return self.project(hidden_states)
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.activation(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(hidden_states))
 
 
 class ClusterFormerReleasedLayer(GradientCheckpointingLayer):

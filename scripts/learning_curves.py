@@ -110,9 +110,8 @@ def add_missing_runs(
     Calls `train(model, seed)` for the runs that `args.output` lacks, writes each there at once, and returns all runs of
     these settings. `train` returns the model and its learning curve.
     """
-    runs = json.loads(args.output.read_text()) if args.output.exists() else []
     settings = args.settings()
-    done = {(run["model"], run["seed"]) for run in runs if settings.items() <= run.items()}
+    done = {(run["model"], run["seed"]) for run in read_runs(args.output) if settings.items() <= run.items()}
     for seed in args.seeds:
         for name in models:
             if (name, seed) in done:
@@ -120,20 +119,24 @@ def add_missing_runs(
             print(f"{name}, seed {seed}", flush=True)
             start = time.perf_counter()
             model, curve = train(name, seed)
-            runs.append(
-                {
-                    "model": name,
-                    "seed": seed,
-                    **settings,
-                    "parameters": model.num_parameters(),
-                    "minutes": (time.perf_counter() - start) / 60,
-                    "curve": curve,
-                    "machine": describe_machine(),
-                }
-            )
+            run = {
+                "model": name,
+                "seed": seed,
+                **settings,
+                "parameters": model.num_parameters(),
+                "minutes": (time.perf_counter() - start) / 60,
+                "curve": curve,
+                "machine": describe_machine(),
+            }
+            # Read again: another process may have added its runs meanwhile.
+            runs = [*read_runs(args.output), run]
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(runs, indent=2) + "\n")
-    return [run for run in runs if settings.items() <= run.items()]
+    return [run for run in read_runs(args.output) if settings.items() <= run.items()]
+
+
+def read_runs(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def describe_machine() -> dict:
