@@ -410,9 +410,9 @@ class ClusterFormerReleasedClustering(nn.Module):
             queries = torch.baddbmm(bias, weight, self.pool(points, pooling))
         else:  # fewer pixels than centres: project these
             queries = self.pool(torch.baddbmm(bias, weight, points.flatten(2)), pooling)
-        for iteration in range(self.num_iterations):
-            if iteration > 0:
-                queries = torch.baddbmm(bias, weight, centers)
+        centers = None
+        for _ in range(self.num_iterations):
+            queries = queries if centers is None else torch.baddbmm(bias, weight, centers)
             queries = queries.reshape(num_groups, -1, head_dim)
             if keeps_released_order(points):
                 assignments = (queries @ keys.mT).softmax(dim=-2)
