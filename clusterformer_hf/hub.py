@@ -36,6 +36,7 @@ from .provenance import read_for
 
 EXAMPLE_NAME = "example.png"
 RESULTS_NAME = "eval_results.json"
+DEFAULT_LICENSE = "apache-2.0"
 PICTURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+)\)")  # of the same folder, in Markdown
 # What Auto classes load each model from its repository, where this package is not installed, beside AutoModel and
 # AutoBackbone. Pipelines take the first that they find, so a class that would read the weights in another way is not
@@ -76,7 +77,7 @@ def export_repository(
     results: str | Path | None = None,
     record: str | Path | None = None,
     example: Image.Image | None = None,
-    license: str = "apache-2.0",
+    license: str = DEFAULT_LICENSE,
     max_shard_size: int | str = "5GB",
 ) -> Path:
     """
@@ -162,22 +163,35 @@ def check_repo_id(repo_id: str):
         raise ValueError(f"{repo_id!r} is no name of a repository: it must be USER/NAME or ORGANISATION/NAME.")
 
 
-def publish(folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> CommitInfo:
+def find_token(token: str | None = None) -> str:
+    """This token or, if unset, that of `hf auth login` or HF_TOKEN; [`HubError`] if there is none."""
+    token = token or get_token()
+    if token is None:
+        raise HubError("There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
+    return token
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
     """
-    Uploads a folder to a model repository, which is made if there is none, with the token of `hf auth login` or
-    `HF_TOKEN`. It is one commit: until it is done, the repository is what it was before.
+    Uploads a folder to a model repository, which is made if there is none. It is one commit: until it is done, the
+    repository is what it was before.
 
     Args:
         private: Make the repository private. One that exists must be private already.
         revision: A branch, which is made if there is none; `main` if unset.
+        token: A token with write access; that of `hf auth login` or HF_TOKEN if unset.
 
     Raises:
         [`HubError`]: if nothing was published.
     """
-    token = get_token()
-    if token is None:
-        raise HubError("There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
-    api = HfApi(token=token)
+    api = HfApi(token=find_token(token))
     with explained_errors(repo_id):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo_id).private:

@@ -19,6 +19,7 @@ after a killed run, model cards; and the steps that the training scripts share.
 import logging
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import CommitInfo, ModelCard
 from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -34,6 +36,7 @@ from transformers.modelcard import TrainingSummary
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from . import hub
 from .checkpoints import UNFINISHED_FOLDER, check_same_model, find_checkpoint, prune, publish
 from .data.streaming import StreamingDataset
 from .interruption import EXIT_CODE, InterruptionCallback, mark, undisturbed
@@ -53,12 +56,22 @@ TRAINING_WEIGHTS_NAME = "training_weights.pt"
 
 @dataclass
 class ClusterFormerTrainingArguments(TrainingArguments):
-    """[`TrainingArguments`] and what [`ClusterFormerTrainer`] knows beside them. Logs go to TensorBoard."""
+    """
+    [`TrainingArguments`] and what [`ClusterFormerTrainer`] knows beside them. Logs go to TensorBoard, and models to the
+    Hub when they are whole.
+    """
 
     report_to: None | str | list[str] = field(
         default="tensorboard", metadata={"help": "Where logs go: tensorboard, none, all, or other integrations."}
     )
 
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "What --push_to_hub uploads: `end` the repository of the trained model; `every_save`, `checkpoint` "
+            "and `all_checkpoints` also, while it is trained, the files of the output folder."
+        },
+    )
     backbone_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the backbone; --learning_rate is then that of the rest."}
     )
@@ -87,6 +100,9 @@ class ClusterFormerTrainingArguments(TrainingArguments):
             self.gradient_accumulation_steps = self._accumulation()
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be between 0 and 1, got {self.ema_decay}.")
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"hub_token": None}  # training_args.bin is shared with the model
 
     def _accumulation(self) -> int:
         """Batches that each process accumulates for a step of `total_train_batch_size` pictures."""
@@ -137,6 +153,12 @@ class ClusterFormerTrainer(Trainer):
         if self.is_fsdp_enabled and isinstance(self.model, ClusterFormerPreTrainedModel):
             # accelerate looks for embeddings that share weights, which models of pictures have none of.
             self.model.get_input_embeddings = self.model.get_output_embeddings = lambda: None
+
+    def init_hf_repo(self, *args, **kwargs):
+        if self.is_world_process_zero():
+            hub.find_token(self.args.hub_token)
+            with hub.explained_errors(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
+                super().init_hf_repo(*args, **kwargs)
 
     def train(self, *args, **kwargs):
         with self.interruption.listening():
@@ -293,9 +315,11 @@ class ClusterFormerTrainer(Trainer):
 
     def whole_model(self) -> PreTrainedModel:
         """The model with all weights in this process; where processes share them, the one that was saved."""
+        return self.saved_model() if self.is_fsdp_enabled else self.accelerator.unwrap_model(self.model)
+
+    def saved_model(self) -> PreTrainedModel:
+        """The model as the output folder has it."""
         model = self.accelerator.unwrap_model(self.model)
-        if not self.is_fsdp_enabled:
-            return model
         with own_class(model):
             return type(model).from_pretrained(self.args.output_dir)
 
@@ -378,8 +402,35 @@ class ClusterFormerTrainer(Trainer):
             folder, model = Path(self.args.output_dir), self.whole_model()
             record.save(folder / RECORD_NAME, model)
             location = (self.hub_model_id if self.args.push_to_hub else None) or self.args.output_dir
-            results = own_results(folder / "eval_results.json", model)
+            results = own_results(folder / hub.RESULTS_NAME, model)
             render_model_card(model, location, record, results, summary.license).save(folder / "README.md")
+
+    def publish_repository(self) -> CommitInfo:
+        """
+        Uploads the repository that scripts/push_to_hub.py makes of the output folder, where model, card and results
+        have been saved. For one process.
+
+        Raises:
+            [`HubError`]: if nothing was published.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._finish_current_push()
+        args, model, folder = self.args, self.saved_model(), Path(self.args.output_dir)
+        results = folder / hub.RESULTS_NAME
+        with tempfile.TemporaryDirectory() as repository:
+            hub.export_repository(
+                model,
+                self.processing_class,
+                repository,
+                self.hub_model_id,
+                results=results if own_results(results, model) is not None else None,
+                record=folder / RECORD_NAME,
+                license=ModelCard.load(folder / "README.md").data.license or hub.DEFAULT_LICENSE,
+            )
+            private = bool(args.hub_private_repo)
+            return hub.publish(
+                repository, self.hub_model_id, private=private, revision=args.hub_revision, token=args.hub_token
+            )
 
 
 @contextmanager
@@ -515,7 +566,7 @@ def train_and_evaluate(trainer: Trainer, checkpoint: str | None, num_skipped: in
             end_interrupted_run(trainer)
         dataset = trainer.train_dataset
         metrics |= {"train_samples": getattr(dataset, "num_samples", len(dataset)), "skipped_files": num_skipped}
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # with its card it is pushed, and not here
         trainer.accelerator.wait_for_everyone()
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
@@ -538,10 +589,10 @@ def end_interrupted_run(trainer: ClusterFormerTrainer):
 
 
 def run_script(main: Callable[[], None]):
-    """Runs a training script. A full disk ends it with one line and not with a trace of calls."""
+    """Runs a training script. A full disk or a failed upload ends it with one line and not with a trace of calls."""
     try:
         main()
-    except CheckpointError as error:
+    except (CheckpointError, hub.HubError) as error:
         logger.error(error)
         sys.exit(1)
 
@@ -558,9 +609,12 @@ def write_card(
         dataset_tags: The kind of a folder of data, if it has a name on the Hub.
         settings, paragraphs: See [`ClusterFormerTrainer.create_model_card`].
     """
+    curves = Path(trainer.args.output_dir, CURVES_NAME)
     if trainer.is_world_process_zero():
-        draw_curves(trainer.state.log_history, Path(trainer.args.output_dir, CURVES_NAME))
-    paragraphs["data"] += f"\n\n![Course of the training]({CURVES_NAME})"
+        curves.unlink(missing_ok=True)  # an earlier run's, where this one has none
+        draw_curves(trainer.state.log_history, curves)
+        if curves.exists():
+            paragraphs["data"] += f"\n\n![Course of the training]({CURVES_NAME})"
     is_local = Path(source).exists()
     card = {
         "tasks": task,
@@ -570,7 +624,15 @@ def write_card(
         "settings": settings,
         **paragraphs,
     }
-    trainer.push_to_hub(**card) if trainer.args.push_to_hub else trainer.create_model_card(**card)
+    if trainer.args.push_to_hub and not isinstance(trainer.model, ClusterFormerPreTrainedModel):
+        trainer.push_to_hub(**card)
+        return
+    trainer.create_model_card(**card)
+    if trainer.args.push_to_hub and trainer.is_world_process_zero():
+        try:
+            logger.info(f"Published as {trainer.publish_repository().commit_url}")
+        except hub.HubError as error:
+            raise hub.HubError(f"The model is in {trainer.args.output_dir}. {error}") from error
 
 
 def classification_loss(label_smoothing: float = 0.0) -> Callable:

@@ -33,7 +33,15 @@ from transformers import AutoImageProcessor, HfArgumentParser
 import clusterformer_hf
 from clusterformer_hf import ClusterFormerConfig
 from clusterformer_hf.data.images import open_image
-from clusterformer_hf.hub import AUTO_CLASSES, RESULTS_NAME, HubError, check_repo_id, export_repository, publish
+from clusterformer_hf.hub import (
+    AUTO_CLASSES,
+    DEFAULT_LICENSE,
+    RESULTS_NAME,
+    HubError,
+    check_repo_id,
+    export_repository,
+    publish,
+)
 from clusterformer_hf.loading import summarise
 from clusterformer_hf.model_card import RECORD_NAME
 from clusterformer_hf.provenance import ForeignResultsError
@@ -49,7 +57,7 @@ class Arguments:
     example: Path | None = field(
         default=None, metadata={"help": "Picture for the repository that you may publish; one is drawn if unset."}
     )
-    license: str = field(default="apache-2.0", metadata={"help": "License of the weights, by its name on the Hub."})
+    license: str = field(default=DEFAULT_LICENSE, metadata={"help": "License of the weights, by its name on the Hub."})
 
 
 def load_model(folder: Path):

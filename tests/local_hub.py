@@ -25,6 +25,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
+import transformers
 from huggingface_hub import ModelCard
 
 
@@ -95,6 +96,7 @@ class LocalHub(ThreadingHTTPServer):
             }
             for name, value in settings.items():
                 monkeypatch.setattr(huggingface_hub.constants, name, value)
+            monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # which keeps the Hub that it was made for
             yield self
         huggingface_hub.close_session()
 

@@ -19,6 +19,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,10 +46,13 @@ from transformers import (
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
 from clusterformer_hf.checkpoints import UNFINISHED_FOLDER, checkpoint_problem, find_checkpoint
 from clusterformer_hf.data.classification import ImageClassificationDataset
+from clusterformer_hf.hub import HubError
 from clusterformer_hf.metrics.accuracy import ClassificationAccuracy
 from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import ClusterFormerTrainingArguments, SetEpochCallback, classification_loss
+from scripts import push_to_hub
 from scripts.run_image_classification import main
+from tests.local_hub import LocalHub
 
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +68,7 @@ NANO = {
 RANDOM = NANO | {"drop_path_rate": 0.3, "hidden_dropout_prob": 0.1}
 AUGMENTED = ["--randaugment_magnitude=9", "--random_erasing=0.5", "--mixup_alpha=0.4", "--cutmix_alpha=1.0"]
 CLASSES = ["four", "one", "seven", "zero"]
+TOKEN = "hf_" + "a" * 34
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -105,15 +110,31 @@ def command(pictures, output_dir, *flags, config=None) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(pictures, tmp_path_factory) -> Path:
-    """A model trained for four epochs, saved with its card."""
+def published(pictures, tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """A model trained for four epochs, saved with its card; and what it published on a Hub on this machine."""
     output_dir = tmp_path_factory.mktemp("trained")
     flags = ["--do_train", "--do_eval", "--num_train_epochs=4", "--learning_rate=5e-3", "--lr_scheduler_type=constant"]
     flags += ["--per_device_train_batch_size=4", "--horizontal_flip=0", "--crop_scale=0.7"]
     flags += ["--eval_strategy=epoch", "--save_strategy=epoch"]
     flags += ["--load_best_model_at_end", "--metric_for_best_model=accuracy"]
-    main(command(pictures, output_dir, *flags, config=NANO))
-    return output_dir
+    flags += ["--push_to_hub", "--hub_model_id=me/digits", f"--hub_token={TOKEN}"]
+    with local_hub(tmp_path_factory.mktemp("home")) as hub:
+        main(command(pictures, output_dir, *flags, config=NANO))
+    repository = hub.repositories["me/digits"]
+    assert len(repository.commits) == 2  # the empty repository, and everything at once
+    return output_dir, repository.commits[repository.branches["main"]]
+
+
+@contextmanager
+def local_hub(home: Path):
+    with pytest.MonkeyPatch.context() as patch, LocalHub({TOKEN: ["me"]}).connected(patch, home) as hub:
+        patch.delenv("HF_TOKEN", raising=False)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def trained(published) -> Path:
+    return published[0]
 
 
 def results(output_dir, split="eval") -> dict:
@@ -155,6 +176,38 @@ def test_model_card(trained):
     assert "trained from scratch" in card.text and "train 24 pictures, validation 8 pictures" in card.text
     for text in (*CLASSES, f"{results(trained)['eval_loss']:.4f}", "learning_rate: 0.005", "crop_scale: 0.7"):
         assert text in card.text
+
+
+def test_what_a_training_publishes(published, tmp_path, monkeypatch):
+    """The repository that scripts/push_to_hub.py makes of the output folder, with the picture of the training."""
+    output_dir, files = published
+    monkeypatch.chdir(tmp_path)
+    push_to_hub.main([f"--model={output_dir}", "--repo-id=me/digits", "--dry-run"])
+    expected = {path.name: path.read_bytes() for path in Path("outputs/hub/me/digits").iterdir()}
+    assert {name: data for name, data in files.items() if name != ".gitattributes"} == expected
+    assert files["training_curves.png"] == (output_dir / "training_curves.png").read_bytes()
+    assert b"![Course of the training](training_curves.png)" in files["README.md"]
+    assert b"accuracy" in files["eval_results.json"]
+    for path in filter(Path.is_file, output_dir.rglob("*")):
+        assert TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_uploads_that_fail(pictures, tmp_path):
+    """A wrong token before the training, a lost connection after it: the model is there."""
+    run = command(pictures, tmp_path / "out", "--do_train", "--max_steps=1", "--logging_steps=5", config=NANO)
+    run += ["--push_to_hub", "--hub_model_id=me/digits"]
+    with local_hub(tmp_path / "home") as hub:
+        with pytest.raises(HubError, match="There is no token for the Hub"):
+            main(run)
+        with pytest.raises(HubError, match="Nothing was uploaded to me/digits: the Hub does not know the token"):
+            main([*run, "--hub_token=hf_unknown"])
+        assert not hub.repositories and not (tmp_path / "out" / "model.safetensors").exists()
+        hub.breaks_commits = True
+        with pytest.raises(HubError, match="The model is in .*out. The upload to me/digits broke off"):
+            main([*run, f"--hub_token={TOKEN}"])
+    # A run of one step has logged nothing that a picture could show.
+    assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "training_curves.png").exists()
+    assert "training_curves" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_evaluation_alone_gives_the_same_numbers(trained, pictures, tmp_path):
@@ -542,5 +595,9 @@ def test_other_models(pictures, tmp_path):
     config = SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
     SwinForImageClassification(config).save_pretrained(tmp_path / "swin")
     flags = ["--do_train", "--do_eval", "--max_steps=1", "--ignore_mismatched_sizes"]
-    main(command(pictures, tmp_path / "out", *flags, f"--model_name_or_path={tmp_path / 'swin'}"))
+    flags += [f"--model_name_or_path={tmp_path / 'swin'}", "--push_to_hub", "--hub_model_id=me/swin"]
+    with local_hub(tmp_path / "home") as hub:
+        main(command(pictures, tmp_path / "out", *flags, f"--hub_token={TOKEN}"))
+    files = hub.repositories["me/swin"].commits[hub.repositories["me/swin"].branches["main"]]
+    assert files.keys() >= {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"}
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label == dict(enumerate(CLASSES))
