@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub import CommitInfo, ModelCard
 from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -148,11 +149,18 @@ class ClusterFormerTrainer(Trainer):
         self.average: AveragedModel | None = None
         self._step_labels: list[torch.Tensor] = []
         self.training_log = TrainingLog()
-        if self.args.fsdp and self.args.world_size > 1 and not self.is_fsdp_enabled:
-            raise ValueError(f"--fsdp: accelerate shards no model on {self.args.device.type} processes.")
+        self._check_sharding()
         if self.is_fsdp_enabled and isinstance(self.model, ClusterFormerPreTrainedModel):
             # accelerate looks for embeddings that share weights, which models of pictures have none of.
             self.model.get_input_embeddings = self.model.get_output_embeddings = lambda: None
+
+    def _check_sharding(self):
+        is_asked_for = self.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")  # which `accelerate launch` sets
+        if is_asked_for and self.args.world_size > 1 and not self.is_fsdp_enabled:
+            raise ValueError(f"--fsdp: accelerate shards no model on {self.args.device.type} processes.")
+        kind = str(self.accelerator.state.fsdp_plugin.state_dict_type) if self.is_fsdp_enabled else None
+        if kind is not None and "FULL_STATE_DICT" not in kind:
+            raise ValueError(f"--fsdp_config: state_dict_type must be FULL_STATE_DICT, {kind} saves no whole model.")
 
     def init_hf_repo(self, *args, **kwargs):
         if self.is_world_process_zero():

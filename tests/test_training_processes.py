@@ -83,8 +83,9 @@ for task, args in json.loads(sys.argv[1]).items():
     importlib.import_module(f"scripts.run_{task}").main(args)
 """
 # accelerate shards on accelerators only; FSDP itself works on CPUs too.
-RUN_SHARDED = """
-import sys
+# accelerate shards on GPUs only; without its test for them it does so in processes on a CPU too.
+SHARD_ON_CPU = """
+import os, sys
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from scripts.run_image_classification import main
@@ -98,8 +99,22 @@ def initialise_sharded(self, *args, fsdp_plugin=None, **kwargs):
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[0]
 
 AcceleratorState.__init__ = initialise_sharded
-main(sys.argv[1:])
 """
+RUN_SHARDED = SHARD_ON_CPU + "main(sys.argv[1:])"
+RUN_REFUSED = (
+    SHARD_ON_CPU
+    + """
+import pytest
+
+with pytest.raises(ValueError, match="state_dict_type must be FULL_STATE_DICT, .*SHARDED_STATE_DICT saves no whole"):
+    main(sys.argv[1:])
+AcceleratorState.__init__ = initialise
+AcceleratorState._reset_state(True)
+os.environ["ACCELERATE_USE_FSDP"] = "true"  # as `accelerate launch --use_fsdp` does
+with pytest.raises(ValueError, match="--fsdp: accelerate shards no model on cpu processes"):
+    main(sys.argv[1:sys.argv.index("--fsdp")])
+"""
+)
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
 WAYS = {"one": (1, 8), "two_processes": (2, 4), "accumulated": (1, 4)}
 
@@ -177,15 +192,8 @@ def test_classes_of_pictures_without_a_loss_of_their_own(tmp_path):
 
 def test_sharded_model_is_saved_whole(data, tmp_path):
     """The same steps with FSDP on two processes: the same weights, in a folder that loads and an own checkpoint."""
-    _, config, _ = TASKS["image_classification"]
-    flags = [f"--dataset_name={data / 'digits'}", "--train_val_split=0.2", "--do_train", "--use_cpu"]
-    flags += ["--report_to=none", f"--config_overrides={json.dumps(config)}", "--max_steps=4", "--save_steps=2"]
-    flags += ["--per_device_train_batch_size=4", "--total_train_batch_size=8", "--learning_rate=1e-3"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
-    layers = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-    layers["transformer_layer_cls_to_wrap"] = ["ClusterFormerLayer"]
-    sharded = [*flags, f"--output_dir={tmp_path / 'out'}", "--do_eval", "--fsdp", f"--fsdp_config={json.dumps(layers)}"]
+    flags, environment = four_steps(data, tmp_path)
+    sharded = [*flags, f"--output_dir={tmp_path / 'out'}", "--do_eval", *fsdp_flags("FULL_STATE_DICT")]
     launch_script(tmp_path / "sharded.py", RUN_SHARDED, environment, TWO_PROCESSES, *sharded)
 
     assert checkpoint_problem(tmp_path / "out" / "checkpoint-2") is None
@@ -198,3 +206,27 @@ def test_sharded_model_is_saved_whole(data, tmp_path):
         run_image_classification.main([*flags, f"--output_dir={tmp_path / 'whole'}"])
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     torch.testing.assert_close(dict(model.state_dict()), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_not_sharded(data, tmp_path):
+    """Weights that would not be saved whole, and processes that accelerate would leave whole models to."""
+    flags, environment = four_steps(data, tmp_path)
+    refused = [*flags, f"--output_dir={tmp_path / 'out'}", *fsdp_flags("SHARDED_STATE_DICT")]
+    launch_script(tmp_path / "refused.py", RUN_REFUSED, environment, TWO_PROCESSES, *refused)
+
+
+def four_steps(data, tmp_path) -> tuple[list[str], dict[str, str]]:
+    """Flags of a training with a checkpoint after two steps, and the environment of its processes."""
+    _, config, _ = TASKS["image_classification"]
+    flags = [f"--dataset_name={data / 'digits'}", "--train_val_split=0.2", "--do_train", "--use_cpu"]
+    flags += ["--report_to=none", f"--config_overrides={json.dumps(config)}", "--max_steps=4", "--save_steps=2"]
+    flags += ["--per_device_train_batch_size=4", "--total_train_batch_size=8", "--learning_rate=1e-3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
+    return flags, environment
+
+
+def fsdp_flags(state_dict_type: str) -> list[str]:
+    layers = {"version": 2, "state_dict_type": state_dict_type, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    layers["transformer_layer_cls_to_wrap"] = ["ClusterFormerLayer"]
+    return ["--fsdp", f"--fsdp_config={json.dumps(layers)}"]
