@@ -26,20 +26,13 @@ from PIL import Image
 
 from clusterformer_hf.checkpoints import UNFINISHED_FOLDER, checkpoint_problem, discard, prune, publish
 from clusterformer_hf.interruption import EXIT_CODE
+from tests import nano
 
 
 ROOT = Path(__file__).parents[1]
 # `make test-interruptions` kills twenty times.
 NUM_KILLS = int(os.environ.get("NUM_KILLS", 3))
-NANO = {
-    "hidden_sizes": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "num_attention_heads": [1, 2, 3, 4],
-    "center_grid": [2, 2, 2, 2],
-    "sr_ratios": [1, 1, 1, 1],
-    "image_size": 32,
-    "drop_path_rate": 0.3,
-}
+NANO = nano.CLASSIFIER | {"drop_path_rate": 0.3}
 # Two epochs of six steps with an evaluation each, and most of the time goes into checkpoints.
 FLAGS = ["--do_train", "--do_eval", "--num_train_epochs=2", "--per_device_train_batch_size=4", "--use_cpu"]
 FLAGS += ["--save_steps=1", "--save_total_limit=2", "--eval_strategy=epoch", "--learning_rate=1e-3", "--ema_decay=0.9"]

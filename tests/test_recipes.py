@@ -22,26 +22,13 @@ import torch
 import yaml
 
 from clusterformer_hf.training import ClusterFormerTrainingArguments
+from tests import nano
 
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "scripts" / "recipes"
-NANO = {
-    "hidden_sizes": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "num_attention_heads": [1, 2, 3, 4],
-    "center_grid": [2, 2, 2, 4],
-    "sr_ratios": [1, 1, 1, 1],
-    "image_size": 32,
-}
-DECODER = {
-    "decoder_hidden_size": 16,
-    "decoder_layers": 1,
-    "decoder_attention_heads": 2,
-    "decoder_ffn_dim": 32,
-    "decoder_num_iterations": 1,
-    "train_num_points": 64,
-}
+NANO = nano.BACKBONE | {"image_size": 32}
+DECODER = nano.DECODER | {"train_num_points": 64}
 SCRIPTS = {
     "image_classification": ("run_image_classification", []),
     "object_detection": ("run_object_detection", []),

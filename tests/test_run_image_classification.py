@@ -52,18 +52,12 @@ from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import ClusterFormerTrainingArguments, SetEpochCallback, classification_loss
 from scripts import push_to_hub
 from scripts.run_image_classification import main
+from tests import nano
 from tests.local_hub import LocalHub
 
 
 ROOT = Path(__file__).parents[1]
-NANO = {
-    "hidden_sizes": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "num_attention_heads": [1, 2, 3, 4],
-    "center_grid": [2, 2, 2, 2],
-    "sr_ratios": [1, 1, 1, 1],
-    "image_size": 32,
-}
+NANO = nano.CLASSIFIER
 # With everything that draws random numbers, in the data and in the model.
 RANDOM = NANO | {"drop_path_rate": 0.3, "hidden_dropout_prob": 0.1}
 AUGMENTED = ["--randaugment_magnitude=9", "--random_erasing=0.5", "--mixup_alpha=0.4", "--cutmix_alpha=1.0"]

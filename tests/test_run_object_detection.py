@@ -53,24 +53,10 @@ from clusterformer_hf.training import (
     backbone_parameter_names,
 )
 from scripts.run_object_detection import DataArguments, DetectionAugmentationArguments, main, new_image_processor
+from tests.nano import BACKBONE, DECODER
 
 
 ROOT = Path(__file__).parents[1]
-BACKBONE = {
-    "hidden_sizes": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "num_attention_heads": [1, 2, 3, 4],
-    "center_grid": [2, 2, 2, 4],
-    "sr_ratios": [1, 1, 1, 1],
-    "image_size": 64,
-}
-DECODER = {
-    "decoder_hidden_size": 16,
-    "decoder_layers": 1,
-    "decoder_attention_heads": 2,
-    "decoder_ffn_dim": 32,
-    "decoder_num_iterations": 1,
-}
 NANO = BACKBONE | DECODER
 RANDOM = NANO | {"drop_path_rate": 0.3, "hidden_dropout_prob": 0.1}
 # Ids with gaps, not in the order of the file.

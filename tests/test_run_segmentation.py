@@ -59,23 +59,11 @@ from clusterformer_hf.loading import ModelArguments
 from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import ClusterFormerTrainingArguments
 from scripts import run_semantic_segmentation, run_universal_segmentation
+from tests import nano
 
 
 ROOT = Path(__file__).parents[1]
-NANO = {
-    "hidden_sizes": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "num_attention_heads": [1, 2, 3, 4],
-    "center_grid": [2, 2, 2, 4],
-    "sr_ratios": [1, 1, 1, 1],
-    "image_size": 64,
-    "decoder_hidden_size": 16,
-    "decoder_layers": 1,
-    "decoder_attention_heads": 2,
-    "decoder_ffn_dim": 32,
-    "decoder_num_iterations": 1,
-    "train_num_points": 256,
-}
+NANO = nano.BACKBONE | nano.DECODER | {"train_num_points": 256}
 RANDOM = NANO | {"drop_path_rate": 0.3, "hidden_dropout_prob": 0.1}
 # Ids with gaps, not in the order of the file.
 CATEGORIES = [

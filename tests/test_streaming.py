@@ -35,18 +35,11 @@ from clusterformer_hf.data.shards import main as write_shards
 from clusterformer_hf.data.streaming import StreamingDataset
 from clusterformer_hf.training import ClusterFormerTrainingArguments
 from scripts.run_image_classification import main
+from tests import nano
 
 
 ROOT = Path(__file__).parents[1]
-NANO = {
-    "hidden_sizes": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "num_attention_heads": [1, 2, 3, 4],
-    "center_grid": [2, 2, 2, 2],
-    "sr_ratios": [1, 1, 1, 1],
-    "image_size": 32,
-    "drop_path_rate": 0.2,
-}
+NANO = nano.CLASSIFIER | {"drop_path_rate": 0.2}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -26,21 +26,10 @@ from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassific
 from clusterformer_hf.data.digit_scenes import write_digit_scenes
 from clusterformer_hf.training_log import NUM_WATCHED, TrainingLog, clustering_health, draw_curves
 from scripts.run_object_detection import main
+from tests import nano
 
 
-NANO = {
-    "hidden_sizes": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "num_attention_heads": [1, 2, 3, 4],
-    "center_grid": [2, 2, 2, 4],
-    "sr_ratios": [1, 1, 1, 1],
-    "image_size": 64,
-    "decoder_hidden_size": 16,
-    "decoder_layers": 2,
-    "decoder_attention_heads": 2,
-    "decoder_ffn_dim": 32,
-    "decoder_num_iterations": 1,
-}
+NANO = nano.BACKBONE | nano.DECODER | {"decoder_layers": 2}
 PARTS = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 2.0}
 
 

@@ -34,25 +34,12 @@ from clusterformer_hf.checkpoints import checkpoint_problem
 from clusterformer_hf.data.digit_scenes import write_digit_scenes
 from clusterformer_hf.training import ClusterFormerTrainer
 from scripts import run_image_classification
+from tests import nano
 
 
 ROOT = Path(__file__).parents[1]
-NANO = {
-    "hidden_sizes": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "num_attention_heads": [1, 2, 3, 4],
-    "center_grid": [2, 2, 2, 4],
-    "sr_ratios": [1, 1, 1, 1],
-    "image_size": 64,
-}
-DECODER = {
-    "decoder_hidden_size": 16,
-    "decoder_layers": 2,
-    "decoder_attention_heads": 2,
-    "decoder_ffn_dim": 32,
-    "decoder_num_iterations": 1,
-    "train_num_points": 64,
-}
+NANO = nano.BACKBONE
+DECODER = nano.DECODER | {"decoder_layers": 2, "train_num_points": 64}
 SAME_SIZE = ["--min_scale=1", "--max_scale=1"]
 TASKS = {
     "image_classification": (

