@@ -28,7 +28,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import maybe_autocast
 
-from .clustering_clusterformer import MAX_EXTENT, MIN_EXTENT, MIN_MASS, StageGeometry, split_heads
+from .clustering_clusterformer import (
+    MAX_EXTENT,
+    MIN_EXTENT,
+    MIN_MASS,
+    StageGeometry,
+    runs_eagerly_on_cpu,
+    split_heads,
+)
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
 
 
@@ -85,14 +92,12 @@ class PyramidGeometry:
         self.positions = [level.positions(sampled=False) for level in levels]
         # A pixel's own variance, a twelfth of its squared side, is part of a cluster's, as in the encoder.
         self.variances = [(1 / level.sizes.to(level.dtype)).square() / 12 for level in levels]
-        self.mask = None  # (batch, 1, N, 1)
-        if levels[0].mask is not None:
-            self.mask = torch.cat([level.mask.flatten(1, 2) for level in levels], dim=1)[:, None]
+        # (batch, 1, N, 1) each
+        self.masks = [None if level.mask is None else level.mask.flatten(1, 2)[:, None] for level in levels]
 
-    def split(self, pixels: torch.Tensor, dim: int) -> list[torch.Tensor]:
-        """Parts the pixels of all levels into maps: (..., N, ...) -> (..., height, width, ...) for each level."""
-        parts = pixels.split([height * width for height, width in self.map_sizes], dim=dim)
-        return [part.unflatten(dim, size) for part, size in zip(parts, self.map_sizes)]
+    def split(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """The pixels of each level: (batch, heads, N, d) of all -> (batch, heads, height * width, d) each."""
+        return list(pixels.split([height * width for height, width in self.map_sizes], dim=2))
 
 
 class ClusterFormerPyramidEmbeddings(nn.Module):
@@ -142,8 +147,16 @@ class ClusterFormerPyramidClustering(nn.Module):
         self.spatial_weight = nn.Parameter(torch.empty(self.num_heads, 1, 1))
 
     def forward(
-        self, centers, mean, variance, features, embeddings, geometry: PyramidGeometry, center_mask=None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        self,
+        centers,
+        mean,
+        variance,
+        features,
+        embeddings,
+        geometry: PyramidGeometry,
+        center_mask=None,
+        output_assignments: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
         """
         Args:
             centers (`torch.Tensor` of shape `(batch, K, dim)`): Centres with the embedding of their place.
@@ -152,72 +165,119 @@ class ClusterFormerPyramidClustering(nn.Module):
             embeddings (`torch.Tensor` of shape `(1 or batch, N, dim)`): Of the pixels' positions and levels.
             geometry (`PyramidGeometry`): Positions and mask of the pixels.
             center_mask (`torch.Tensor` of shape `(batch, 1, 1, K)`, *optional*): 0 at centres, -inf at surplus ones.
+            output_assignments (`bool`): Whether to return the last assignments.
 
         Returns:
             The centres' update (batch, K, dim), the mean and variance of all heads' pixels (batch, K, 2) and the last
-            assignments (batch, heads, N, K), whose sum over K is 1 at real pixels and 0 at padded ones.
+            assignments of each level (batch, heads, height * width, K), whose sum over K is 1 at real pixels and 0 at
+            padded ones.
         """
         keys = split_heads(self.key(features + embeddings), self.num_heads)
         values = split_heads(self.value(features), self.num_heads)
         centers = split_heads(self.center(centers), self.num_heads)
+        assignments = None
         with maybe_autocast(keys.device.type, enabled=False):
             dtype = torch.promote_types(keys.dtype, torch.float32)
-            keys, values, centers = F.normalize(keys.to(dtype), dim=-1), values.to(dtype), centers.to(dtype)
-            mean, variance = mean[:, None].to(dtype), variance[:, None].to(dtype)
-            for _ in range(self.num_iterations):
-                assignments = self.expectation(keys, centers, mean, variance, geometry, center_mask)
-                centers, mass, mean, variance = maximization(assignments, values, geometry)
+            keys, values = F.normalize(keys.to(dtype), dim=-1), values.to(dtype)
+            # Contiguous, or the products of every iteration would copy them again.
+            keys, values = (geometry.split(pixels.contiguous()) for pixels in (keys, values))
+            mean, variance, centers = mean[:, None].to(dtype), variance[:, None].to(dtype), centers.to(dtype)
+            for i in range(self.num_iterations):
+                queries, tables = self.queries(centers), self.gaussians(mean, variance, geometry, center_mask)
+                sums = [sum_pixels(*level, queries) for level in zip(keys, values, tables, geometry.masks)]
+                if output_assignments and i == self.num_iterations - 1:
+                    levels = zip(keys, tables, geometry.masks)
+                    assignments = [expectation(*level, queries) for level in levels]
+                centers, mass, mean, variance = maximization(sums, geometry)
             mean, variance = mixture_moments(mass, mean, variance)
         update = centers.transpose(1, 2).flatten(2).to(features.dtype)
         return self.projection(update), mean, variance, assignments
 
-    def expectation(self, keys, centers, mean, variance, geometry, center_mask) -> torch.Tensor:
-        """E-step: cosine of unit keys and queries and the log of a Gaussian in position, softmax over the centres."""
-        queries = F.linear(centers, self.query.weight.to(keys.dtype), self.query.bias.to(keys.dtype))
-        queries = F.normalize(queries, dim=-1) * self.logit_scale.to(keys.dtype).exp()
-        weight = -0.5 * F.softplus(self.spatial_weight.to(keys.dtype))[..., None] / variance[:, :, None]
-        gaussians = []
+    def queries(self, centers) -> torch.Tensor:
+        """Unit queries of the centres, (batch, heads, K, d), times the temperature."""
+        queries = F.linear(centers, self.query.weight.to(centers.dtype), self.query.bias.to(centers.dtype))
+        return F.normalize(queries, dim=-1) * self.logit_scale.to(centers.dtype).exp()
+
+    def gaussians(self, mean, variance, geometry, center_mask) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        For each level the logs of the centres' Gaussians along its rows, (batch, heads, height, K), and its columns,
+        (batch, heads, width, K): at a pixel their sum.
+        """
+        weight = -0.5 * F.softplus(self.spatial_weight.to(mean.dtype))[..., None] / variance[:, :, None]
+        tables = []
         for positions in geometry.positions:
             rows, columns = (
                 (position[:, None, :, None] - mean[:, :, None, :, axis]).square() * weight[..., axis]
                 for axis, position in enumerate(positions)
             )
-            rows = rows if center_mask is None else rows + center_mask
-            gaussians.append((rows[:, :, :, None] + columns[:, :, None]).flatten(2, 3))
-        gaussian = torch.cat(gaussians, dim=2).flatten(0, 1)
-        logits = torch.baddbmm(gaussian, keys.flatten(0, 1), queries.flatten(0, 1).mT)
-        assignments = logits.softmax(dim=-1).unflatten(0, keys.shape[:2])
-        return assignments if geometry.mask is None else assignments * geometry.mask.to(assignments.dtype)
+            tables.append((rows if center_mask is None else rows + center_mask, columns))
+        return tables
 
 
-def maximization(assignments, values, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:
+def expectation(keys, gaussians, mask, queries) -> torch.Tensor:
     """
-    M-step over all levels: means of the pixels' values and positions under `assignments`.
+    E-step of one level: cosine of unit keys and queries and the log of a Gaussian in position, softmax over centres.
 
     Args:
-        assignments (`torch.Tensor` of shape `(batch, heads, N, K)`): 0 at padded pixels.
-        values (`torch.Tensor` of shape `(batch, heads, N, d)`).
+        keys (`torch.Tensor` of shape `(batch, heads, height * width, d)`).
+        gaussians, queries: From the methods of [`ClusterFormerPyramidClustering`].
+        mask (`torch.Tensor` of shape `(batch, 1, height * width, 1)`, *optional*): Real pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, heads, height * width, K)`.
+    """
+    rows, columns = gaussians
+    gaussian = (rows[:, :, :, None] + columns[:, :, None]).flatten(2, 3).flatten(0, 1)
+    logits = torch.baddbmm(gaussian, keys.flatten(0, 1), queries.flatten(0, 1).mT)
+    assignments = logits.softmax(dim=-1).unflatten(0, keys.shape[:2])
+    return assignments if mask is None else assignments * mask.to(assignments.dtype)
+
+
+def sum_pixels(keys, values, gaussians, mask, queries) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The sums over one level's pixels that an M-step needs, under [`expectation`]'s assignments: of the values, (batch,
+    heads, K, d), and of the assignments of each row, (batch, heads, height, K), and column, (batch, heads, width, K).
+    """
+    tensors = (keys, values, *gaussians, queries)
+    if not runs_eagerly_on_cpu(keys) or torch.is_grad_enabled():
+        return sum_heads(*tensors, mask)
+    # One head at a time: its assignments stay in the cache, and those of all need not be there together.
+    parts = [sum_heads(*head, mask) for head in zip(*(tensor.split(1, dim=1) for tensor in tensors))]
+    return tuple(torch.cat(part, dim=1) for part in zip(*parts))
+
+
+def sum_heads(keys, values, rows, columns, queries, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See [`sum_pixels`]."""
+    assignments = expectation(keys, (rows, columns), mask, queries)
+    grid = assignments.unflatten(2, (rows.shape[2], columns.shape[2]))
+    return assignments.mT @ values, grid.sum(dim=3), grid.sum(dim=2)
+
+
+def maximization(sums, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:
+    """
+    M-step over all levels: means of the pixels' values and positions under the assignments.
+
+    Args:
+        sums (`list[tuple[torch.Tensor, ...]]`): Of each level, from [`sum_pixels`].
 
     Returns:
         Centres (batch, heads, K, d), their masses (batch, heads, K, 1), means and variances of their positions
         (batch, heads, K, 2).
     """
-    grids = geometry.split(assignments, dim=2)
-    mass = assignments.sum(dim=2).clamp_min(MIN_MASS)
+    values, *marginals = zip(*sums)
+    mass = sum(rows.sum(dim=2) for rows in marginals[0]).clamp_min(MIN_MASS)
     means, variances = [], []
-    for axis in range(2):
-        # Separable: sums over the other side first.
-        marginals = [grid.sum(dim=3 - axis) for grid in grids]
+    for axis, own in enumerate(marginals):
         positions = [level[axis][:, None, :, None] for level in geometry.positions]
-        mean = sum((m * p).sum(dim=2) for m, p in zip(marginals, positions)) / mass
+        mean = sum((m * p).sum(dim=2) for m, p in zip(own, positions)) / mass
         spread = 0
-        for marginal, position, variance in zip(marginals, positions, geometry.variances):
+        for marginal, position, variance in zip(own, positions, geometry.variances):
             deviation = (position - mean[:, :, None]).square() + variance[:, axis, None, None, None]
             spread = spread + (marginal * deviation).sum(dim=2)
         means.append(mean)
         variances.append(spread / mass)
     variance = torch.stack(variances, dim=-1).clamp(MIN_EXTENT**2, MAX_EXTENT**2)
-    return assignments.mT @ values / mass[..., None], mass[..., None], torch.stack(means, dim=-1), variance
+    return sum(values) / mass[..., None], mass[..., None], torch.stack(means, dim=-1), variance
 
 
 def mixture_moments(mass, mean, variance) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,11 +325,20 @@ class ClusterFormerDecoderLayer(GradientCheckpointingLayer):
         self.norm3 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
 
     def forward(
-        self, centers, center_embeddings, mean, variance, features, embeddings, geometry, center_mask=None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        self,
+        centers,
+        center_embeddings,
+        mean,
+        variance,
+        features,
+        embeddings,
+        geometry,
+        center_mask,
+        output_assignments,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
         """See [`ClusterFormerPyramidClustering.forward`]; returns the centres in place of their update."""
         update, mean, variance, assignments = self.clustering(
-            centers + center_embeddings, mean, variance, features, embeddings, geometry, center_mask
+            centers + center_embeddings, mean, variance, features, embeddings, geometry, center_mask, output_assignments
         )
         centers = self.norm1(centers + update)
         centers = self.norm2(centers + self.attention(centers, center_embeddings, center_mask))
@@ -345,7 +414,8 @@ class DecoderOutput:
     Args:
         centers (`tuple[torch.Tensor]`): (batch, K, dim) at the start and after each layer.
         boxes (`tuple[torch.Tensor]`): Of these centres, (batch, K, 4) as cx, cy, w, h in [0, 1].
-        assignments (`tuple[list[torch.Tensor]]`): Of each layer and level, (batch, heads, K, height, width).
+        assignments (`tuple[tuple[torch.Tensor]]`, *optional*):
+            Of each layer and level, (batch, heads, K, height, width).
         surplus (`torch.Tensor` of shape `(batch, K, 1)`, *optional*): True at centres that an image does not have.
         pixels (`torch.Tensor` of shape `(batch, dim, height, width)`, *optional*): The finest level, for masks.
         pixel_mask (`torch.Tensor` of shape `(batch, 1, height, width)`, *optional*): Its real pixels.
@@ -353,7 +423,7 @@ class DecoderOutput:
 
     centers: tuple[torch.Tensor, ...]
     boxes: tuple[torch.Tensor, ...]
-    assignments: tuple[list[torch.Tensor], ...]
+    assignments: tuple[tuple[torch.Tensor, ...], ...] | None
     surplus: torch.Tensor | None
     pixels: torch.Tensor | None
     pixel_mask: torch.Tensor | None
@@ -401,12 +471,15 @@ class ClusterFormerDecoder(nn.Module):
         num_heads = config.decoder_layers + 1 if predict_boxes else 0
         self.box_heads = nn.ModuleList(ClusterFormerBoxHead(config) for _ in range(num_heads))
 
-    def forward(self, hidden_states, cluster_centers, sizes: torch.Tensor | None) -> DecoderOutput:
+    def forward(
+        self, hidden_states, cluster_centers, sizes: torch.Tensor | None, output_assignments: bool = False
+    ) -> DecoderOutput:
         """
         Args:
             hidden_states (`tuple[torch.Tensor]`): The encoder's maps (batch, channels, height, width), finest first.
             cluster_centers (`torch.Tensor` of shape `(batch, K, channels)`): The encoder's last centres.
             sizes (`torch.Tensor` of shape `(batch, 2)`, *optional*): Real height and width of padded images.
+            output_assignments (`bool`): Whether to return the assignments, which are large.
         """
         maps = hidden_states[-len(self.pyramid.stages) :]
         geometries = self.level_geometries(maps, sizes)
@@ -427,12 +500,23 @@ class ClusterFormerDecoder(nn.Module):
             mean, variance = boxes_to_moments(place)
             place_embeddings = self.place_fc2(self.activation(self.place_fc1(place.to(centers.dtype))))
             centers, mean, variance, assignments = layer(
-                centers, place_embeddings, mean, variance, features, embeddings, geometry, start.center_mask
+                centers,
+                place_embeddings,
+                mean,
+                variance,
+                features,
+                embeddings,
+                geometry,
+                start.center_mask,
+                output_assignments,
             )
             all_centers += (centers,)
             all_boxes += (self.read_boxes(i + 1, centers, mean, variance),)
-            all_assignments += (geometry.split(assignments.mT, dim=3),)
+            if output_assignments:
+                sizes = geometry.map_sizes
+                all_assignments += (tuple(level.mT.unflatten(3, size) for level, size in zip(assignments, sizes)),)
         surplus = None if start.center_mask is None else start.center_mask[:, 0].mT != 0
+        all_assignments = all_assignments if output_assignments else None
         return DecoderOutput(all_centers, all_boxes, all_assignments, surplus, pixels, pixel_mask)
 
     def level_geometries(self, maps: tuple[torch.Tensor, ...], sizes: torch.Tensor | None) -> list[StageGeometry]:

@@ -1011,12 +1011,12 @@ def decode(model, pixel_values, pixel_mask, output_cluster_assignments, kwargs) 
         output_cluster_assignments = getattr(model.config, "output_cluster_assignments", False)
     outputs = model.clusterformer(pixel_values, pixel_mask, output_cluster_assignments, **kwargs)
     sizes = real_sizes(pixel_mask, pixel_values)
-    decoded = model.decoder(outputs.hidden_states[1:], outputs.cluster_centers[-1], sizes)
+    decoded = model.decoder(outputs.hidden_states[1:], outputs.cluster_centers[-1], sizes, output_cluster_assignments)
     return decoded, {
         "hidden_states": outputs.hidden_states,
         "cluster_centers": outputs.cluster_centers if output_cluster_assignments else None,
         "cluster_assignments": outputs.cluster_assignments,
-        "decoder_cluster_assignments": decoded.assignments if output_cluster_assignments else None,
+        "decoder_cluster_assignments": decoded.assignments,
     }
 
 
