@@ -19,9 +19,14 @@ from contextvars import ContextVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
-from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
+from transformers.models.mask2former import modeling_mask2former
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerHungarianMatcher,
+    Mask2FormerLoss,
+    pair_wise_dice_loss,
+    sample_point,
+)
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_clusterformer import ClusterFormerConfig
@@ -183,7 +188,9 @@ class ClusterFormerMaskLoss(Mask2FormerLoss):
             "loss_dice": config.dice_weight,
         }
         super().__init__(config, weights)
-        self.matcher = SkipEmptyImages(self.matcher)
+        self.matcher = ClusterFormerMaskMatcher(
+            config.class_weight, config.mask_weight, config.dice_weight, config.train_num_points
+        )
 
     def get_num_masks(self, class_labels, device) -> torch.Tensor:
         return mean_count(class_labels, device)
@@ -207,23 +214,41 @@ class ClusterFormerMaskLoss(Mask2FormerLoss):
         return {"loss_mask": nothing, "loss_dice": nothing}
 
 
-class SkipEmptyImages(nn.Module):
-    """Matches image by image and leaves out those without masks, which `grid_sample` does not take."""
+class ClusterFormerMaskMatcher(Mask2FormerHungarianMatcher):
+    """
+    Mask2Former's matching in half its time, for images that may be without any mask: an image's masks are sampled
+    together, as channels, and one softplus gives the cross-entropy to both 0 and 1.
+    """
 
-    def __init__(self, matcher: nn.Module):
-        super().__init__()
-        self.matcher = matcher
-
+    @torch.no_grad()
     def forward(self, masks_queries_logits, class_queries_logits, mask_labels, class_labels) -> list[tuple]:
         nothing = torch.zeros(0, dtype=torch.int64)
-        matches = []
-        for inputs in zip(masks_queries_logits, class_queries_logits, mask_labels, class_labels):
-            masks, classes, *labels = inputs
-            found = len(labels[0]) > 0
-            matches += (
-                self.matcher(masks[None], classes[None], *[[label] for label in labels]) if found else [(nothing,) * 2]
-            )
-        return matches
+        images = zip(masks_queries_logits, class_queries_logits, mask_labels, class_labels)
+        return [self.match(*image) if len(image[-1]) > 0 else (nothing, nothing) for image in images]
+
+    def match(self, masks, classes, mask_labels, class_labels) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            masks, classes (`torch.Tensor`): An image's logits, (K, height, width) and (K, num_labels + 1).
+            mask_labels, class_labels (`torch.Tensor`): Its labels, (n, H, W) and (n,).
+
+        Returns:
+            The queries that are matched and the label of each, (min(K, n),) int64.
+        """
+        points = torch.rand(1, self.num_points, 2, device=masks.device)
+        masks, labels = (
+            sample_point(maps[None], points, align_corners=False)[0] for maps in (masks, mask_labels.to(masks))
+        )
+        cross_entropy = (F.softplus(masks).sum(dim=1, keepdim=True) - masks @ labels.T) / self.num_points
+        costs = (
+            self.cost_mask * cross_entropy
+            - self.cost_class * classes.softmax(dim=-1)[:, class_labels]
+            + self.cost_dice * pair_wise_dice_loss(masks, labels)
+        )
+        largest = torch.finfo(costs.dtype).max
+        # Theirs, which is there where SciPy is: models load without it.
+        matches = modeling_mask2former.linear_sum_assignment(costs.nan_to_num(largest, largest, largest).cpu())
+        return tuple(torch.as_tensor(indices, dtype=torch.int64) for indices in matches)
 
 
 def segmentation_loss(
