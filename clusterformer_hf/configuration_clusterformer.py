@@ -91,6 +91,8 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
             Hidden channels of the decoder's feed-forward networks.
         decoder_num_iterations (`int`, *optional*, defaults to 3):
             E- and M-steps of each decoder layer.
+        mask_feature_size (`int`, *optional*, defaults to 64):
+            Channels of the pixels that masks are read from. Masks are also read from position, so few are enough.
         auxiliary_loss (`bool`, *optional*, defaults to `True`):
             Whether every decoder layer is trained, not the last alone.
         class_cost, bbox_cost, giou_cost (`float`, *optional*, defaults to 2, 5 and 2):
@@ -150,6 +152,7 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_attention_heads: int = 8
     decoder_ffn_dim: int = 1024
     decoder_num_iterations: int = 3
+    mask_feature_size: int = 64
     auxiliary_loss: bool = True
     class_cost: float | int = 2
     bbox_cost: float | int = 5

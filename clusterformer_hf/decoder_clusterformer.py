@@ -79,6 +79,37 @@ class ClusterFormerFeaturePyramid(nn.Module):
         return levels[::-1]
 
 
+class ClusterFormerPixelEmbeddings(nn.Module):
+    """
+    The pixels that masks are made of: the finest stage's map and, repeated, the pyramid's finest level, in
+    `mask_feature_size` channels.
+    """
+
+    def __init__(self, config: ClusterFormerConfig, channels: int):
+        super().__init__()
+        dim = config.mask_feature_size
+        self.norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.lateral = nn.Linear(channels, dim)
+        self.reduction = nn.Linear(config.decoder_hidden_size, dim)
+        self.smoothing = nn.Conv2d(dim, dim, kernel_size=3, padding=1)
+
+    def forward(self, hidden_state: torch.Tensor, level: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """
+        Args:
+            hidden_state (`torch.Tensor` of shape `(batch, channels, height, width)`): The stage's map.
+            level (`torch.Tensor` of shape `(batch, decoder_hidden_size, ceil(height / 2), ceil(width / 2))`).
+            mask (`torch.Tensor` of shape `(batch, height, width, 1)`, *optional*): Real pixels.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, mask_feature_size, height, width)`.
+        """
+        height, width = hidden_state.shape[-2:]
+        lateral = self.lateral(self.norm(hidden_state.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        reduced = self.reduction(level.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        pixels = lateral + F.interpolate(reduced, scale_factor=2.0, mode="nearest")[..., :height, :width]
+        return self.smoothing(pixels if mask is None else pixels * mask.permute(0, 3, 1, 2).to(pixels.dtype))
+
+
 class PyramidGeometry:
     """
     Where the pixels of all levels lie, in [0, 1] of each image's real area, and which are real.
@@ -392,20 +423,41 @@ def boxes_to_moments(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class ClusterFormerMaskHead(nn.Module):
-    """The mask of a centre: its embedding's dot product with every pixel's."""
+    """
+    The mask of a centre, as its cluster lives in feature and position: its embedding's dot product with every pixel's,
+    less a weight of its own times the log of a Student's t in position, which falls off more slowly than a Gaussian
+    where a centre has not found its extent yet.
+    """
 
     def __init__(self, config: ClusterFormerConfig):
         super().__init__()
         dim = config.decoder_hidden_size
         self.fc1 = nn.Linear(dim, dim)
         self.fc2 = nn.Linear(dim, dim)
-        self.fc3 = nn.Linear(dim, dim)
+        self.fc3 = nn.Linear(dim, config.mask_feature_size)
+        self.spatial_weight = nn.Linear(dim, 1)
         self.activation = nn.ReLU()
 
-    def forward(self, centers: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Centres (batch, K, dim) and pixels (batch, dim, height, width); returns logits (batch, K, height, width)."""
-        embeddings = self.fc3(self.activation(self.fc2(self.activation(self.fc1(centers)))))
-        return (embeddings @ pixels.flatten(2)).unflatten(2, pixels.shape[-2:])
+    def forward(self, centers, boxes, pixels: torch.Tensor, positions: tuple[torch.Tensor, torch.Tensor]):
+        """
+        Args:
+            centers (`torch.Tensor` of shape `(batch, K, dim)`).
+            boxes (`torch.Tensor` of shape `(batch, K, 4)`): Of the centres, cx, cy, w, h in [0, 1].
+            pixels (`torch.Tensor` of shape `(batch, mask_feature_size, height, width)`).
+            positions: Of the pixels' rows, (1 or batch, height), and columns, (1 or batch, width), in [0, 1].
+
+        Returns:
+            Logits `(batch, K, height, width)`.
+        """
+        hidden = self.activation(self.fc2(self.activation(self.fc1(centers))))
+        logits = (self.fc3(hidden) @ pixels.flatten(2)).unflatten(2, pixels.shape[-2:])
+        mean, variance = boxes_to_moments(boxes)
+        rows, columns = (
+            (position[:, None] - mean[..., axis, None]).square() / (2 * variance[..., axis, None])
+            for axis, position in enumerate(positions)
+        )
+        distance = (rows[..., None] + columns[..., None, :]).log1p().to(logits.dtype)
+        return torch.addcmul(logits, F.softplus(self.spatial_weight(hidden))[..., None], distance, value=-1)
 
 
 @dataclass
@@ -417,16 +469,18 @@ class DecoderOutput:
         assignments (`tuple[tuple[torch.Tensor]]`, *optional*):
             Of each layer and level, (batch, heads, K, height, width).
         surplus (`torch.Tensor` of shape `(batch, K, 1)`, *optional*): True at centres that an image does not have.
-        pixels (`torch.Tensor` of shape `(batch, dim, height, width)`, *optional*): The finest level, for masks.
-        pixel_mask (`torch.Tensor` of shape `(batch, 1, height, width)`, *optional*): Its real pixels.
+        pixels (`torch.Tensor` of shape `(batch, mask_feature_size, height, width)`, *optional*): For masks.
+        pixel_positions (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Of their rows and columns, in [0, 1].
+        pixel_mask (`torch.Tensor` of shape `(batch, 1, height, width)`, *optional*): The real ones.
     """
 
     centers: tuple[torch.Tensor, ...]
     boxes: tuple[torch.Tensor, ...]
     assignments: tuple[tuple[torch.Tensor, ...], ...] | None
     surplus: torch.Tensor | None
-    pixels: torch.Tensor | None
-    pixel_mask: torch.Tensor | None
+    pixels: torch.Tensor | None = None
+    pixel_positions: tuple[torch.Tensor, torch.Tensor] | None = None
+    pixel_mask: torch.Tensor | None = None
 
 
 class ClusterFormerDecoder(nn.Module):
@@ -434,8 +488,8 @@ class ClusterFormerDecoder(nn.Module):
     Clusters the pixels of the three coarsest stages layer by layer, starting from the encoder's last centres at the
     cells that these were pooled from. A layer starts from the boxes of the layer before.
 
-    With `predict_boxes` these boxes are refined, else they are the moments alone; with `predict_masks` the pyramid
-    goes one stage further down, for the pixels that masks are made of.
+    With `predict_boxes` these boxes are refined, else they are the moments alone; with `predict_masks` the next finer
+    stage gives the pixels that masks are made of.
     """
 
     num_levels = 3
@@ -459,8 +513,10 @@ class ClusterFormerDecoder(nn.Module):
                 f"{config.num_stages}."
             )
         self.config = config
-        self.predict_masks = predict_masks
-        self.pyramid = ClusterFormerFeaturePyramid(config, config.stage_names[1:][-self.num_levels - predict_masks :])
+        self.pyramid = ClusterFormerFeaturePyramid(config, config.stage_names[-self.num_levels :])
+        self.pixel_embeddings = None
+        if predict_masks:
+            self.pixel_embeddings = ClusterFormerPixelEmbeddings(config, config.hidden_sizes[-self.num_levels - 1])
         self.embeddings = ClusterFormerPyramidEmbeddings(config, self.num_levels)
         self.center_norm = nn.LayerNorm(config.hidden_sizes[-1], eps=config.layer_norm_eps)
         self.center_projection = nn.Linear(config.hidden_sizes[-1], dim)
@@ -481,13 +537,16 @@ class ClusterFormerDecoder(nn.Module):
             sizes (`torch.Tensor` of shape `(batch, 2)`, *optional*): Real height and width of padded images.
             output_assignments (`bool`): Whether to return the assignments, which are large.
         """
-        maps = hidden_states[-len(self.pyramid.stages) :]
+        maps = hidden_states[-self.num_levels :]
         geometries = self.level_geometries(maps, sizes)
         levels = self.pyramid(maps, [geometry.mask for geometry in geometries])
-        pixels, pixel_mask = None, None
-        if self.predict_masks:
-            pixels, pixel_mask = levels.pop(0), geometries.pop(0).mask
-            pixel_mask = None if pixel_mask is None else pixel_mask.permute(0, 3, 1, 2)
+        for_masks = {}
+        if self.pixel_embeddings is not None:
+            finest = hidden_states[-self.num_levels - 1]
+            grid = self.level_geometries((finest, *maps), sizes)[0]
+            for_masks["pixels"] = self.pixel_embeddings(finest, levels[0], grid.mask)
+            for_masks["pixel_positions"] = grid.positions(sampled=False)
+            for_masks["pixel_mask"] = None if grid.mask is None else grid.mask.permute(0, 3, 1, 2)
 
         geometry, start = PyramidGeometry(geometries), geometries[-1]
         features = torch.cat([level.flatten(2).mT for level in levels], dim=1)
@@ -517,7 +576,7 @@ class ClusterFormerDecoder(nn.Module):
                 all_assignments += (tuple(level.mT.unflatten(3, size) for level, size in zip(assignments, sizes)),)
         surplus = None if start.center_mask is None else start.center_mask[:, 0].mT != 0
         all_assignments = all_assignments if output_assignments else None
-        return DecoderOutput(all_centers, all_boxes, all_assignments, surplus, pixels, pixel_mask)
+        return DecoderOutput(all_centers, all_boxes, all_assignments, surplus, **for_masks)
 
     def level_geometries(self, maps: tuple[torch.Tensor, ...], sizes: torch.Tensor | None) -> list[StageGeometry]:
         """Positions and padding of each map and, of the last, the cells of the centres."""

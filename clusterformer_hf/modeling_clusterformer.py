@@ -934,10 +934,12 @@ class ClusterFormerForUniversalSegmentation(ClusterFormerPreTrainedModel):
             raise ValueError("`mask_labels` and `class_labels` must be given together.")
 
         decoded, extras = decode(self, pixel_values, pixel_mask, output_cluster_assignments, kwargs)
-        *auxiliary_logits, final = read_masks(self.class_head, self.mask_head, decoded)
-        loss, loss_dict = None, None
+        final = read_masks(self.class_head, self.mask_head, decoded, -1)
+        loss, loss_dict, auxiliary_logits = None, None, None
         if mask_labels is not None:
             mask_labels = check_mask_labels(mask_labels, class_labels, pixel_values, self.num_labels)
+            layers = range(len(decoded.centers) - 1)
+            auxiliary_logits = [read_masks(self.class_head, self.mask_head, decoded, layer) for layer in layers]
             trained = [final, *auxiliary_logits] if self.config.auxiliary_loss else [final]
             loss, loss_dict = segmentation_loss(trained, mask_labels, class_labels, self.config, self.training)
 
@@ -945,7 +947,7 @@ class ClusterFormerForUniversalSegmentation(ClusterFormerPreTrainedModel):
             loss=loss,
             loss_dict=loss_dict,
             **final,
-            auxiliary_logits=None if mask_labels is None else auxiliary_logits,
+            auxiliary_logits=auxiliary_logits,
             **extras,
         )
 
@@ -992,10 +994,11 @@ class ClusterFormerForSemanticSegmentation(ClusterFormerPreTrainedModel):
             mask_labels = check_mask_labels(mask_labels, class_labels, pixel_values, self.num_labels)
 
         decoded, extras = decode(self, pixel_values, pixel_mask, output_cluster_assignments, kwargs)
-        *auxiliary_logits, final = read_masks(self.class_head, self.mask_head, decoded)
+        final = read_masks(self.class_head, self.mask_head, decoded, -1)
         loss, loss_dict = None, None
         if mask_labels is not None:
-            trained = [final, *auxiliary_logits] if self.config.auxiliary_loss else [final]
+            layers = range(len(decoded.centers) - 1) if self.config.auxiliary_loss else ()
+            trained = [final] + [read_masks(self.class_head, self.mask_head, decoded, layer) for layer in layers]
             loss, loss_dict = segmentation_loss(trained, mask_labels, class_labels, self.config, self.training)
         return ClusterFormerSemanticSegmenterOutput(
             loss=loss, loss_dict=loss_dict, logits=semantic_logits(**final), **extras
@@ -1020,18 +1023,17 @@ def decode(model, pixel_values, pixel_mask, output_cluster_assignments, kwargs) 
     }
 
 
-def read_masks(class_head, mask_head, decoded: DecoderOutput) -> list[dict[str, torch.Tensor]]:
-    """`class_queries_logits` and `masks_queries_logits` of the encoder's centres and of each layer's."""
-    predictions = []
-    for centers in decoded.centers:
-        classes, masks = class_head(centers), mask_head(centers, decoded.pixels)
-        if decoded.surplus is not None:
-            no_object = torch.full_like(classes, SURPLUS_LOGIT)
-            no_object[..., -1] = -SURPLUS_LOGIT
-            classes = torch.where(decoded.surplus, no_object, classes)
-            masks = masks.masked_fill(~decoded.pixel_mask | decoded.surplus[..., None], SURPLUS_LOGIT)
-        predictions.append({"class_queries_logits": classes, "masks_queries_logits": masks})
-    return predictions
+def read_masks(class_head, mask_head, decoded: DecoderOutput, layer: int) -> dict[str, torch.Tensor]:
+    """`class_queries_logits` and `masks_queries_logits` of the encoder's centres (layer 0) or of a decoder layer's."""
+    centers = decoded.centers[layer]
+    classes = class_head(centers)
+    masks = mask_head(centers, decoded.boxes[layer], decoded.pixels, decoded.pixel_positions)
+    if decoded.surplus is not None:
+        no_object = torch.full_like(classes, SURPLUS_LOGIT)
+        no_object[..., -1] = -SURPLUS_LOGIT
+        classes = torch.where(decoded.surplus, no_object, classes)
+        masks = masks.masked_fill(~decoded.pixel_mask | decoded.surplus[..., None], SURPLUS_LOGIT)
+    return {"class_queries_logits": classes, "masks_queries_logits": masks}
 
 
 def semantic_logits(class_queries_logits: torch.Tensor, masks_queries_logits: torch.Tensor) -> torch.Tensor:
