@@ -404,6 +404,8 @@ class ClusterFormerReleasedClustering(nn.Module):
 
     def recur(self, points, keys, values, pooling) -> torch.Tensor:
         """T times softmax over the centres of query-key products, unscaled; the M-step does not divide by the mass."""
+        if self.num_iterations == 0:  # asked for by `cluster_iterations` only
+            return self.pool(points, pooling)
         num_groups, head_dim = points.shape[:2]
         weight, bias = self.query.weight.flatten(1).expand(num_groups, -1, -1), self.query.bias[:, None]
         if keeps_released_order(points) or pooling is None:

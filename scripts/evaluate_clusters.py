@@ -100,7 +100,7 @@ class StageReader:
 
     def _keep_pixels(self, module, args):
         """The pixels of all levels (1, N, channels), of which the finest level's come first."""
-        *_, features, _, geometry, _ = args
+        _, _, _, features, _, geometry, *_ = args
         (height, width), *_ = geometry.map_sizes
         self.features["decoder"] = features[0, : height * width].unflatten(0, (height, width))
 

@@ -242,7 +242,7 @@ def test_training_on_one_picture_finds_its_boxes():
     labels = [{"class_labels": torch.tensor([0, 1]), "boxes": boxes}]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(100):
         loss = model(pixel_values, labels=labels).loss
         loss.backward()
         optimizer.step()

@@ -56,6 +56,8 @@ import importlib, json, sys
 import torch
 from transformers.models.mask2former import modeling_mask2former
 
+from clusterformer_hf import loss_clusterformer
+
 def rand(*size, device=None):
     points = torch.rand(size[-2:], generator=torch.Generator().manual_seed(size[-2])).to(device)
     return points.expand(size).contiguous()
@@ -65,11 +67,10 @@ class Torch:
     def __getattr__(self, name):
         return getattr(torch, name)
 
-modeling_mask2former.torch = Torch()
+modeling_mask2former.torch = loss_clusterformer.torch = Torch()
 for task, args in json.loads(sys.argv[1]).items():
     importlib.import_module(f"scripts.run_{task}").main(args)
 """
-# accelerate shards on accelerators only; FSDP itself works on CPUs too.
 # accelerate shards on GPUs only; without its test for them it does so in processes on a CPU too.
 SHARD_ON_CPU = """
 import os, sys
