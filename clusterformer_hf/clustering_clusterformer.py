@@ -17,9 +17,12 @@
 [`ClusterFormerReleasedClustering`] is the authors' released code, for converted checkpoints.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
@@ -33,6 +36,8 @@ MIN_MASS = 1e-6
 MIN_NORM = 1e-12
 # Elements of the groups that a released form clusters at a time on the CPU.
 GROUP_CHUNK = 2**19
+# Elements of the (N, K) tables of the heads that are clustered at a time on the CPU.
+HEAD_CHUNK = 2**21
 
 
 def runs_eagerly_on_cpu(tensor: torch.Tensor) -> bool:
@@ -40,13 +45,12 @@ def runs_eagerly_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
-def expectation(keys, queries, place, positions, spatial_weight, center_mask=None, out=None) -> torch.Tensor:
+def gaussian_tables(place, positions, spatial_weight, center_mask=None) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    E-step: every pixel distributes itself over the centres by feature and position.
+    The logs of the centres' Gaussians along the rows and along the columns of a map: at a pixel their sum. The Gaussian
+    is separable, and two tables are exact where its expansion in moments cancels.
 
     Args:
-        keys (`torch.Tensor` of shape `(batch, heads, height * width, d)`): Pixel features.
-        queries (`torch.Tensor` of shape `(batch, heads, K, d)`): Centre features, scaled by the temperature.
         place (`tuple[torch.Tensor, torch.Tensor]`):
             Mean and variance of each centre's position, `(batch, heads, 2, K)`, rows first.
         positions (`tuple[torch.Tensor, torch.Tensor]`):
@@ -54,39 +58,116 @@ def expectation(keys, queries, place, positions, spatial_weight, center_mask=Non
         spatial_weight (`torch.Tensor` of shape `(heads, 1, 1)` or `None`):
             How much position counts beside features; `None` leaves it out.
         center_mask (`torch.Tensor` of shape `(batch, 1, 1, K)`, *optional*): 0 at centres, -inf at surplus ones.
-        out (`torch.Tensor` of shape `(batch, heads, height * width, K)`, *optional*): Memory for the result.
 
     Returns:
-        `torch.Tensor` of shape `(batch, heads, height * width, K)` that sums to 1 over K.
+        `(1 or batch, 1 or heads, height, K)` and `(1 or batch, 1 or heads, width, K)`.
     """
-    if spatial_weight is None:
-        logits = torch.matmul(keys, queries.mT, out=out)
-        logits = logits if center_mask is None else torch.add(logits, center_mask, out=out)
-        return torch.softmax(logits, dim=-1, out=out)
-    # The Gaussian is separable: a table of rows and one of columns, exact where its expansion in moments cancels.
     mean, variance = place
-    weight = -0.5 * spatial_weight / variance
+    weight = torch.zeros_like(variance) if spatial_weight is None else -0.5 * spatial_weight / variance
     rows, columns = (
         (position[:, None, :, None] - mean[:, :, axis, None]).square() * weight[:, :, axis, None]
         for axis, position in enumerate(positions)
     )
-    rows = rows if center_mask is None else rows + center_mask
-    rows = rows.expand(keys.shape[0], -1, -1, -1)
-    grid = None if out is None else out.view(*rows.shape[:3], columns.shape[2], -1)
-    gaussian = torch.add(rows[:, :, :, None], columns[:, :, None], out=grid)
-    out = None if out is None else out.flatten(0, 1)
-    logits = torch.baddbmm(gaussian.flatten(2, 3).flatten(0, 1), keys.flatten(0, 1), queries.flatten(0, 1).mT, out=out)
-    return torch.softmax(logits, dim=-1, out=out).unflatten(0, keys.shape[:2])
+    return rows if center_mask is None else rows + center_mask, columns
 
 
-def maximization(assignments, values, positions, pixel_extent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def expectation(keys, queries, tables, mask=None) -> torch.Tensor:
     """
-    M-step: features, places and extents become the means of their pixels under `assignments`.
+    E-step: every pixel distributes itself over the centres by feature and position.
 
     Args:
-        assignments (`torch.Tensor` of shape `(batch, heads, height * width, K)`): From [`expectation`], 0 at padding.
-        values (`torch.Tensor` of shape `(batch, heads, height * width, d)`).
-        positions: See [`expectation`].
+        keys (`torch.Tensor` of shape `(batch, heads, height * width, d)`): Pixel features.
+        queries (`torch.Tensor` of shape `(batch, heads, K, d)`): Centre features, scaled by the temperature.
+        tables (`tuple[torch.Tensor, torch.Tensor]`): See [`gaussian_tables`].
+        mask (`torch.Tensor` of shape `(batch, 1, height * width, 1)`, *optional*): Real pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, heads, height * width, K)` that sums to 1 over K, and to 0 at padded pixels.
+    """
+    rows, columns = (table.expand(*keys.shape[:2], -1, -1) for table in tables)
+    gaussian = (rows[:, :, :, None] + columns[:, :, None]).flatten(2, 3).flatten(0, 1)
+    logits = gaussian.baddbmm_(keys.flatten(0, 1), queries.flatten(0, 1).mT)
+    # In place: fresh memory for every table costs the CPU as much as the product.
+    out = None if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() else logits
+    assignments = torch.softmax(logits, dim=-1, out=out).unflatten(0, keys.shape[:2])
+    return assignments if mask is None else assignments * mask.to(assignments.dtype)
+
+
+def sum_assigned(assignments, values, map_size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The sums over pixels that an M-step needs, under assignments (batch, heads, height * width, K): of the values,
+    (batch, heads, K, d), and of the assignments of each row, (batch, heads, height, K), and column, (batch, heads,
+    width, K).
+    """
+    grid = assignments.unflatten(2, map_size)
+    return assignments.mT @ values, grid.sum(dim=3), grid.sum(dim=2)
+
+
+class ClusterSums(torch.autograd.Function):
+    """
+    [`sum_assigned`] of [`expectation`]. The backward pass computes the assignments again, some heads at a time: the (N,
+    K) tables of all layers and iterations would be a third of the memory of training.
+    """
+
+    @staticmethod
+    def forward(ctx, keys, values, queries, rows, columns, mask):
+        ctx.save_for_backward(keys, values, queries, rows, columns, mask)
+        chunks = in_chunks(keys, values, queries, rows, columns, mask)
+        parts = zip(*(ClusterSums.forward_of_heads(*chunk) for chunk in chunks))
+        return tuple(torch.cat(part, dim=1) for part in parts)
+
+    @staticmethod
+    def forward_of_heads(keys, values, queries, rows, columns, mask):
+        assignments = expectation(keys, queries, (rows, columns), mask)
+        return sum_assigned(assignments, values, (rows.shape[2], columns.shape[2]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        chunks = in_chunks(*ctx.saved_tensors, *gradients)
+        parts = zip(*(ClusterSums.backward_of_heads(*chunk) for chunk in chunks))
+        return *(torch.cat(part, dim=1) for part in parts), None
+
+    @staticmethod
+    def backward_of_heads(keys, values, queries, rows, columns, mask, of_sums, of_rows, of_columns):
+        shape = keys.shape[:2]
+        assignments = expectation(keys, queries, (rows, columns), mask).flatten(0, 1)
+        of_sums = of_sums.flatten(0, 1)
+        gradient = (of_rows[:, :, :, None] + of_columns[:, :, None]).flatten(2, 3).flatten(0, 1)
+        gradient.baddbmm_(values.flatten(0, 1), of_sums.mT).mul_(assignments)
+        gradient.addcmul_(assignments, gradient.sum(dim=-1, keepdim=True), value=-1)  # of the logits, by the softmax
+        grid = gradient.unflatten(0, shape).unflatten(2, (rows.shape[2], columns.shape[2]))
+        of_keys, of_queries = gradient @ queries.flatten(0, 1), gradient.mT @ keys.flatten(0, 1)
+        heads = (of_keys, assignments @ of_sums, of_queries)
+        return *(tensor.unflatten(0, shape) for tensor in heads), grid.sum(dim=3), grid.sum(dim=2)
+
+
+def in_chunks(keys, *tensors) -> Iterator[tuple[torch.Tensor | None, ...]]:
+    """Splits (batch, heads, ...) by heads, on the CPU into so many that their (N, K) tables stay in the cache."""
+    num_heads, elements = keys.shape[1], keys.shape[0] * keys.shape[2] * tensors[1].shape[2]
+    size = min(max(HEAD_CHUNK // elements, 1), num_heads) if keys.device.type == "cpu" else num_heads
+    for start in range(0, num_heads, size):
+        yield tuple(
+            tensor if tensor is None or tensor.shape[1] != num_heads else tensor[:, start : start + size]
+            for tensor in (keys, *tensors)
+        )
+
+
+def sum_pixels(keys, values, queries, tables, mask=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """E-step and the sums of the M-step behind it: arguments of [`expectation`], results of [`sum_assigned`]."""
+    rows, columns = (table.expand(*keys.shape[:2], -1, -1) for table in tables)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return sum_assigned(expectation(keys, queries, tables, mask), values, (rows.shape[2], columns.shape[2]))
+    return ClusterSums.apply(keys, values, queries, rows, columns, mask)
+
+
+def maximization(sums, positions, pixel_extent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    M-step: features, places and extents become the means of their pixels.
+
+    Args:
+        sums (`tuple[torch.Tensor, torch.Tensor, torch.Tensor]`): See [`sum_assigned`].
+        positions: See [`gaussian_tables`].
         pixel_extent (`torch.Tensor` of shape `(1 or batch, 2)`):
             Height and width of a pixel. A pixel is a square, no point: its own variance, a twelfth of its squared side,
             is part of a cluster's, so that n pixels in a row have the variance of a bar n pixels long.
@@ -94,10 +175,8 @@ def maximization(assignments, values, positions, pixel_extent) -> tuple[torch.Te
     Returns:
         Centres (batch, heads, K, d), means and variances of their positions (batch, heads, 2, K).
     """
-    grid = assignments.unflatten(2, [position.shape[-1] for position in positions])
-    marginals = grid.sum(dim=3), grid.sum(dim=2)  # (batch, heads, height, K) and (batch, heads, width, K)
+    values, *marginals = sums
     mass = marginals[0].sum(dim=2, keepdim=True).clamp_min(MIN_MASS)
-    centers = assignments.mT @ values / mass.mT
     means, squares = [], []
     for marginal, position in zip(marginals, positions):
         position = position[:, None, :, None]
@@ -105,7 +184,7 @@ def maximization(assignments, values, positions, pixel_extent) -> tuple[torch.Te
         squares.append((marginal * (position - means[-1]).square()).sum(dim=2, keepdim=True))
     own = pixel_extent.square()[:, None, :, None] / 12
     variance = torch.addcdiv(own, torch.cat(squares, dim=2), mass).clamp(MIN_EXTENT**2, MAX_EXTENT**2)
-    return centers, torch.cat(means, dim=2), variance
+    return values / mass.mT, torch.cat(means, dim=2), variance
 
 
 def split_heads(features: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -260,13 +339,9 @@ class ClusterFormerRecurrentClustering(nn.Module):
             keys, values = keys_values.to(geometry.dtype).permute(2, 0, 3, 1, 4).contiguous().unbind()
             keys, weights = F.normalize(keys, dim=-1), self.expectation_weights(geometry.dtype)
             clusters = centers.to(geometry.dtype), geometry.mean.mT, geometry.variance.mT
-            memory = None
-            if runs_eagerly_on_cpu(keys) and not torch.is_grad_enabled():
-                # Fresh memory for every iteration's assignments costs the CPU as much as their product.
-                memory = keys.new_empty(*keys.shape[:3], centers.shape[2])
             for _ in range(self.num_iterations):
-                assignments = self.assign_keys(keys, clusters, weights, geometry, sampled=True, out=memory)
-                clusters = maximization(assignments, values, geometry.sample_positions, geometry.sample_extent)
+                sums = sum_pixels(keys, values, *self.expectation_inputs(clusters, weights, geometry, sampled=True))
+                clusters = maximization(sums, geometry.sample_positions, geometry.sample_extent)
         return clusters
 
     def expectation_weights(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
@@ -274,15 +349,15 @@ class ClusterFormerRecurrentClustering(nn.Module):
         spatial_weight = None if self.spatial_weight is None else F.softplus(self.spatial_weight.to(dtype))
         return self.query.weight.to(dtype), self.query.bias.to(dtype), self.logit_scale.to(dtype).exp(), spatial_weight
 
-    def assign_keys(self, keys, clusters, weights, geometry, sampled: bool, out=None) -> torch.Tensor:
-        """E-step with unit keys; zero at padded pixels."""
+    def expectation_inputs(self, clusters, weights, geometry, sampled: bool) -> tuple:
+        """What [`expectation`] takes beside the keys: queries, Gaussian tables and the mask of real pixels."""
         (centers, *place), (query_weight, query_bias, temperature, spatial_weight) = clusters, weights
         queries = F.linear(centers, query_weight, query_bias)
         queries = queries * (temperature / torch.linalg.vector_norm(queries, dim=-1, keepdim=True).clamp_min(MIN_NORM))
         positions = geometry.sample_positions if sampled else geometry.positions(sampled=False)
-        assignments = expectation(keys, queries, place, positions, spatial_weight, geometry.center_mask, out)
+        tables = gaussian_tables(place, positions, spatial_weight, geometry.center_mask)
         mask = geometry.sample_mask if sampled else geometry.mask
-        return assignments if mask is None else assignments * mask.flatten(1, 2)[:, None].to(assignments.dtype)
+        return queries, tables, None if mask is None else mask.flatten(1, 2)[:, None]
 
     def assign(self, features, clusters, geometry: StageGeometry, sampled: bool) -> torch.Tensor:
         """One E-step of the (sampled) map with the given clusters: (batch, heads, N, K), zero at padded pixels."""
@@ -291,7 +366,8 @@ class ClusterFormerRecurrentClustering(nn.Module):
         keys = F.linear(features.flatten(1, 2), weight, bias)
         with maybe_autocast(features.device.type, enabled=False):
             keys = F.normalize(split_heads(keys, self.num_heads).to(geometry.dtype), dim=-1)
-            return self.assign_keys(keys, clusters, self.expectation_weights(geometry.dtype), geometry, sampled)
+            weights = self.expectation_weights(geometry.dtype)
+            return expectation(keys, *self.expectation_inputs(clusters, weights, geometry, sampled))
 
     def dispatch(self, features: torch.Tensor, centers: torch.Tensor, geometry: StageGeometry) -> torch.Tensor:
         """

@@ -33,8 +33,9 @@ from .clustering_clusterformer import (
     MIN_EXTENT,
     MIN_MASS,
     StageGeometry,
-    runs_eagerly_on_cpu,
+    expectation,
     split_heads,
+    sum_pixels,
 )
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
 
@@ -215,10 +216,10 @@ class ClusterFormerPyramidClustering(nn.Module):
             mean, variance, centers = mean[:, None].to(dtype), variance[:, None].to(dtype), centers.to(dtype)
             for i in range(self.num_iterations):
                 queries, tables = self.queries(centers), self.gaussians(mean, variance, geometry, center_mask)
-                sums = [sum_pixels(*level, queries) for level in zip(keys, values, tables, geometry.masks)]
+                levels = list(zip(keys, values, tables, geometry.masks))
+                sums = [sum_pixels(pixels, of, queries, table, mask) for pixels, of, table, mask in levels]
                 if output_assignments and i == self.num_iterations - 1:
-                    levels = zip(keys, tables, geometry.masks)
-                    assignments = [expectation(*level, queries) for level in levels]
+                    assignments = [expectation(pixels, queries, table, mask) for pixels, _, table, mask in levels]
                 centers, mass, mean, variance = maximization(sums, geometry)
             mean, variance = mixture_moments(mass, mean, variance)
         update = centers.transpose(1, 2).flatten(2).to(features.dtype)
@@ -243,45 +244,6 @@ class ClusterFormerPyramidClustering(nn.Module):
             )
             tables.append((rows if center_mask is None else rows + center_mask, columns))
         return tables
-
-
-def expectation(keys, gaussians, mask, queries) -> torch.Tensor:
-    """
-    E-step of one level: cosine of unit keys and queries and the log of a Gaussian in position, softmax over centres.
-
-    Args:
-        keys (`torch.Tensor` of shape `(batch, heads, height * width, d)`).
-        gaussians, queries: From the methods of [`ClusterFormerPyramidClustering`].
-        mask (`torch.Tensor` of shape `(batch, 1, height * width, 1)`, *optional*): Real pixels.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, heads, height * width, K)`.
-    """
-    rows, columns = gaussians
-    gaussian = (rows[:, :, :, None] + columns[:, :, None]).flatten(2, 3).flatten(0, 1)
-    logits = torch.baddbmm(gaussian, keys.flatten(0, 1), queries.flatten(0, 1).mT)
-    assignments = logits.softmax(dim=-1).unflatten(0, keys.shape[:2])
-    return assignments if mask is None else assignments * mask.to(assignments.dtype)
-
-
-def sum_pixels(keys, values, gaussians, mask, queries) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    The sums over one level's pixels that an M-step needs, under [`expectation`]'s assignments: of the values, (batch,
-    heads, K, d), and of the assignments of each row, (batch, heads, height, K), and column, (batch, heads, width, K).
-    """
-    tensors = (keys, values, *gaussians, queries)
-    if not runs_eagerly_on_cpu(keys) or torch.is_grad_enabled():
-        return sum_heads(*tensors, mask)
-    # One head at a time: its assignments stay in the cache, and those of all need not be there together.
-    parts = [sum_heads(*head, mask) for head in zip(*(tensor.split(1, dim=1) for tensor in tensors))]
-    return tuple(torch.cat(part, dim=1) for part in zip(*parts))
-
-
-def sum_heads(keys, values, rows, columns, queries, mask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See [`sum_pixels`]."""
-    assignments = expectation(keys, (rows, columns), mask, queries)
-    grid = assignments.unflatten(2, (rows.shape[2], columns.shape[2]))
-    return assignments.mT @ values, grid.sum(dim=3), grid.sum(dim=2)
 
 
 def maximization(sums, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:

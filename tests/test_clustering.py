@@ -19,12 +19,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clusterformer_hf import ClusterFormerConfig
+from clusterformer_hf import ClusterFormerConfig, clustering_clusterformer
 from clusterformer_hf.clustering_clusterformer import (
     ClusterFormerRecurrentClustering,
     StageGeometry,
     expectation,
+    gaussian_tables,
     maximization,
+    sum_assigned,
+    sum_pixels,
 )
 
 
@@ -111,8 +114,10 @@ def test_two_blobs_are_found():
     centers, mean = torch.tensor([[[[0.6, 0.4], [0.4, 0.6]]]]).double(), torch.full((1, 1, 2, 2), 0.5).double()
     variance = torch.full_like(mean, 0.25)
     for _ in range(5):
-        weights = expectation(keys, 10 * centers, (mean, variance), (rows, rows), torch.ones(1, 1, 1).double())
-        centers, mean, variance = maximization(weights, keys, (rows, rows), torch.tensor([[0.1, 0.1]]))
+        tables = gaussian_tables((mean, variance), (rows, rows), torch.ones(1, 1, 1).double())
+        weights = expectation(keys, 10 * centers, tables)
+        sums = sum_assigned(weights, keys, (10, 10))
+        centers, mean, variance = maximization(sums, (rows, rows), torch.tensor([[0.1, 0.1]]))
     torch.testing.assert_close(weights[0, 0].argmax(-1), torch.arange(2).repeat_interleave(50))
     torch.testing.assert_close(mean[0, 0].mT, torch.tensor([[0.25, 0.5], [0.75, 0.5]]).double(), rtol=0, atol=1e-3)
 
@@ -123,7 +128,8 @@ def test_extent_of_a_bar_of_pixels():
     weights[:, :, 3:7] = 1
     rows = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)[None]
     column = torch.full((1, 1), 0.5, dtype=torch.float64)
-    _, mean, variance = maximization(weights, weights, (rows, column), torch.tensor([[0.1, 1.0]]).double())
+    sums = sum_assigned(weights, weights, (10, 1))
+    _, mean, variance = maximization(sums, (rows, column), torch.tensor([[0.1, 1.0]]).double())
     torch.testing.assert_close(mean.flatten(), torch.tensor([0.5, 0.5]).double())
     torch.testing.assert_close((12 * variance).sqrt().flatten(), torch.tensor([0.4, 1.0]).double())
 
@@ -134,12 +140,36 @@ def test_maximization_survives_an_empty_cluster():
     weights[..., 0] = 1
     weights.requires_grad_()
     positions = torch.tensor([[0.25, 0.75]], dtype=torch.float64)
-    centers, mean, variance = maximization(
-        weights, torch.randn(1, 1, 4, 3).double(), (positions, positions), torch.tensor([[0.5, 0.5]])
-    )
+    sums = sum_assigned(weights, torch.randn(1, 1, 4, 3).double(), (2, 2))
+    centers, mean, variance = maximization(sums, (positions, positions), torch.tensor([[0.5, 0.5]]))
     assert centers[0, 0, 1].abs().max() == 0
     (centers.sum() + mean.sum() + variance.sum()).backward()
     assert weights.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_sums_have_the_gradients_of_kept_assignments(is_padded, monkeypatch):
+    """`sum_pixels` computes assignments again in the backward pass, two heads at a time here."""
+    monkeypatch.setattr(clustering_clusterformer, "HEAD_CHUNK", 2 * 2 * 12 * 5)
+    shapes = {"keys": (2, 3, 12, 4), "values": (2, 3, 12, 4), "queries": (2, 3, 5, 4)}
+    shapes |= {"rows": (1, 3, 3, 5), "columns": (2, 1, 4, 5)}
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
+    mask = torch.arange(12)[None, None, :, None] < torch.tensor([12, 7]).view(2, 1, 1, 1) if is_padded else None
+
+    def kept(keys, values, queries, *tables):
+        return sum_assigned(expectation(keys, queries, tables, mask), values, (3, 4))
+
+    def computed_again(keys, values, queries, *tables):
+        return sum_pixels(keys, values, queries, tables, mask)
+
+    weights = [torch.randn_like(tensor) for tensor in kept(*inputs)]
+    gradients = []
+    for function in (kept, computed_again):
+        sums = function(*inputs)
+        loss = sum((tensor * weight).sum() for tensor, weight in zip(sums, weights))
+        gradients.append((*sums, *torch.autograd.grad(loss, inputs)))
+    torch.testing.assert_close(*gradients)
+    assert torch.autograd.gradcheck(computed_again, inputs)
 
 
 def test_cost_is_linear_in_pixels():
