@@ -86,9 +86,10 @@ def expectation(keys, queries, tables, mask=None) -> torch.Tensor:
     """
     rows, columns = (table.expand(*keys.shape[:2], -1, -1) for table in tables)
     gaussian = (rows[:, :, :, None] + columns[:, :, None]).flatten(2, 3).flatten(0, 1)
-    logits = gaussian.baddbmm_(keys.flatten(0, 1), queries.flatten(0, 1).mT)
-    # In place: fresh memory for every table costs the CPU as much as the product.
-    out = None if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() else logits
+    # In place where that is possible: fresh memory for every table costs the CPU as much as the product.
+    keeps_tables = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    out = None if keeps_tables else gaussian
+    logits = torch.baddbmm(gaussian, keys.flatten(0, 1), queries.flatten(0, 1).mT, out=out)
     assignments = torch.softmax(logits, dim=-1, out=out).unflatten(0, keys.shape[:2])
     return assignments if mask is None else assignments * mask.to(assignments.dtype)
 
