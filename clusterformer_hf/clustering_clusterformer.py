@@ -158,7 +158,7 @@ def sum_pixels(keys, values, queries, tables, mask=None) -> tuple[torch.Tensor, 
     """E-step and the sums of the M-step behind it: arguments of [`expectation`], results of [`sum_assigned`]."""
     rows, columns = (table.expand(*keys.shape[:2], -1, -1) for table in tables)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return sum_assigned(expectation(keys, queries, tables, mask), values, (rows.shape[2], columns.shape[2]))
+        return ClusterSums.forward_of_heads(keys, values, queries, rows, columns, mask)
     return ClusterSums.apply(keys, values, queries, rows, columns, mask)
 
 
