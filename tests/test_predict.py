@@ -108,7 +108,7 @@ def universal(tmp_path_factory) -> Path:
     config = {"original_category_ids": [3, 7, 90], "label_ids_to_fuse": [2], "center_grid": [2, 2, 2, [2, 4]]}
     folder = tmp_path_factory.mktemp("universal")
     # One of the seeds with which some masks are not hidden by others.
-    return save(ClusterFormerForUniversalSegmentation, UNIVERSAL_PROCESSOR, folder, seed=36, **config)
+    return save(ClusterFormerForUniversalSegmentation, UNIVERSAL_PROCESSOR, folder, seed=184, **config)
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +378,7 @@ def test_panoptic_segments(universal, pictures, tmp_path, capsys):
     truth = read_panoptic("/", tmp_path / "out" / "panoptic", tmp_path / "out" / "panoptic.json")
     assert truth.categories == {3: "cat", 7: "coffee", 90: "person"} and truth.is_thing.tolist() == [True, True, False]
     labels = [[row["label"] for row in result["predictions"]] for result in results]
-    assert all(labels) and max(map(len, labels)) > 1 and any("person" in found for found in labels)
+    assert all(labels) and max(map(len, labels)) > 1 and "person" in labels[0]
     joined = 0
     for row, result in enumerate(results):
         outputs, size = outputs_of(
