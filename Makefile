@@ -10,7 +10,7 @@ OLDEST_INSTALLED = $(OLDEST_VENV)/.clusterformer-installed
 PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 .DEFAULT_GOAL = help
-.PHONY: help install demo demo-detection demo-segmentation test test-slurm test-interruptions style quality conformance \
+.PHONY: help install demo demo-detection demo-segmentation test test-slow test-slurm test-interruptions style quality conformance \
 	conformance-min benchmark clean
 
 help: ## list the targets
@@ -30,6 +30,9 @@ demo-segmentation: $(INSTALLED) ## train a small panoptic model on digit scenes 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -q tests
 
+test-slow: $(INSTALLED) ## run the slow tests, most of them exports with open sizes
+	$(BIN)/python -m pytest -q -m slow tests
+
 test-slurm: $(INSTALLED) ## run jobs on a real Slurm, which it starts and stops; needs root
 	$(BIN)/python -m pytest -q -n 0 tests/slurm/jobs.py
 
@@ -45,10 +48,10 @@ quality: $(INSTALLED) ## check the format and the code, change nothing
 	$(BIN)/ruff format --check .
 
 conformance: $(INSTALLED) ## run the common tests of transformers on our classes
-	$(BIN)/python -m pytest -q tests/test_conformance.py
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_conformance.py
 
 conformance-min: $(OLDEST_INSTALLED) ## the same, and repositories for the Hub, on the oldest supported transformers
-	$(OLDEST_VENV)/bin/python -m pytest -q tests/test_conformance.py tests/test_hub.py
+	$(OLDEST_VENV)/bin/python -m pytest -q -m "slow or not slow" tests/test_conformance.py tests/test_hub.py
 
 benchmark: $(INSTALLED) ## measure speed and memory beside other models
 	$(BIN)/python scripts/benchmark.py

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Can a small model learn one real photograph by heart? A check of everything between boxes or masks in a file and those on
-a picture: a mistake in their format, their order or their scale would show.
+Can a small model learn one real photograph by heart? A check of everything between boxes or masks in a file and those
+on a picture: a mistake in their format, their order or their scale would show.
 
     python scripts/overfit_photo.py [--task instance] [--output_dir DIR] [--max_steps N]
 
@@ -58,7 +58,7 @@ class Arguments:
     output_dir: Path = field(default=Path("outputs/overfit_photo"), metadata={"help": "Where the results go."})
     max_steps: int | None = field(
         default=None,
-        metadata={"help": "Training steps, each on the whole photograph; 150 for detection, 300 for masks if not given."},
+        metadata={"help": "Training steps, each on the whole photograph; unset, 150 for boxes and 300 for masks."},
     )
 
 

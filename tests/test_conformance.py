@@ -66,14 +66,12 @@ def overlay(tmp_path_factory):
     return path
 
 
-@pytest.mark.timeout(1200)  # torch.export with dynamic shapes takes its time on a busy machine
-@pytest.mark.parametrize("test_class", [*MODEL_TESTS, "BackboneMixinTest", "ConfigTest"])
-def test_common_tests_pass(test_class, overlay):
+def run_common_tests(overlay: Path, test_classes: list[str], **variables: str):
     # The child is no worker of ours: without the variables of pytest and its plugins.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    env |= {"CONFORMANCE_OVERLAY": str(overlay), "PYTHONPATH": str(ROOT), "RUN_SLOW": "yes"}
+    env |= {"CONFORMANCE_OVERLAY": str(overlay), "PYTHONPATH": str(ROOT), **variables}
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", f"test_conformance.py::{test_class}", "--timeout", "600"],
+        [sys.executable, "-m", "pytest", *(f"test_conformance.py::{name}" for name in test_classes), "--timeout=600"],
         cwd=HARNESS,
         env=env,
         stdout=subprocess.PIPE,
@@ -82,6 +80,19 @@ def test_common_tests_pass(test_class, overlay):
     )
     if child.returncode != 0 or not re.search(r"\b[1-9]\d* passed", child.stdout):
         pytest.fail(child.stdout, pytrace=False)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_common_tests_pass(half, overlay):
+    """Without those that transformers calls slow, in two processes."""
+    run_common_tests(overlay, [*MODEL_TESTS, "BackboneMixinTest", "ConfigTest"][half::2])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # torch.export with dynamic shapes takes its time on a busy machine
+@pytest.mark.parametrize("test_class", MODEL_TESTS)
+def test_slow_common_tests_pass(test_class, overlay):
+    run_common_tests(overlay, [test_class], RUN_SLOW="yes")
 
 
 def test_nothing_else_is_skipped():

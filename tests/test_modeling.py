@@ -329,11 +329,10 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert torch.equal(plain, checkpointed)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_compile_without_graph_breaks(masked):
+def test_compile_without_graph_breaks():
     model = nano_classifier()
     batch, mask = pad_into_batch(images(1, 3, 50, 64), (64, 96), filling=0.0)
-    inputs = {"pixel_values": batch, **({"pixel_mask": mask} if masked else {})}
+    inputs = {"pixel_values": batch, "pixel_mask": mask}
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
         torch.testing.assert_close(compiled.logits, model(**inputs).logits, rtol=0, atol=1e-5)
@@ -349,8 +348,9 @@ def test_compile_backbone_without_graph_breaks():
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["classifier", "backbone"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "kind, dynamic", [("classifier", True), ("backbone", False), pytest.param("backbone", True, marks=pytest.mark.slow)]
+)
 def test_torch_export(kind, dynamic):
     torch.manual_seed(0)
     model = (

@@ -36,7 +36,7 @@ def main():
     )
     ap.add_argument("--out", default=str(HERE / "overlay"))
     a = ap.parse_args()
-    sdist, out = pathlib.Path(a.sdist), pathlib.Path(a.out)
+    sdist, out = pathlib.Path(a.sdist).resolve(), pathlib.Path(a.out)
     if out.exists():
         shutil.rmtree(out)
     (out / "tests").mkdir(parents=True)
