@@ -19,11 +19,14 @@ Are the clusters meaningful? Compares a model's clusters with the true segments 
 
 The folder is in COCO's format with masks, such as digit scenes; its validation or test split is used. Each pixel of a
 picture takes its strongest cluster, and the partition is compared with the true segments (see `cluster_quality`), for
-each stage and, where there is one, for the decoder's last layer on the finest map that it clusters:
+each stage, for the decoder's last layer, where there is one, on the finest map that it clusters, and for the masks of a
+universal segmentation model: they are its assignments in high resolution, and a pixel takes the centre whose mask and
+class together are the most probable, as in panoptic segmentation:
 
 - `ours`: the model's clusters, mean of the heads' scores; every head clusters for itself.
 - `ours, best head`: for each measure the head that is best on one half of the pictures, scored on the other half.
-- `k-means`: of the same features, those that the stage's last block clusters, all channels, into as many clusters.
+- `k-means`: of the same features, those that the stage's last block clusters or that the masks are read from, all
+  channels, into as many clusters.
 - `SLIC`: superpixels of the picture (scikit-image), as many as the stage has clusters.
 - `released`, and its best head: the authors' released algorithm, from --released_model, which holds any model with a
   released ClusterFormer in it, or else with random weights in the sizes of --model.
@@ -48,13 +51,15 @@ import clusterformer_hf
 from clusterformer_hf import (
     ClusterFormerBackbone,
     ClusterFormerConfig,
+    ClusterFormerForUniversalSegmentation,
     ClusterFormerModel,
     ClusterFormerPreTrainedModel,
 )
 from clusterformer_hf.data.coco import find_coco_splits
 from clusterformer_hf.data.coco_masks import InstanceData, read_coco_masks
+from clusterformer_hf.decoder_clusterformer import SURPLUS_LOGIT
 from clusterformer_hf.metrics.cluster_quality import MEASURES, cluster_quality
-from clusterformer_hf.modeling_clusterformer import ClusterFormerEncoder
+from clusterformer_hf.modeling_clusterformer import ClusterFormerEncoder, ClusterFormerUniversalSegmentationOutput
 from clusterformer_hf.visualization import stretch
 
 
@@ -92,6 +97,9 @@ class StageReader:
         if hasattr(model, "decoder"):
             self.stages.append("decoder")
             model.decoder.layers[-1].clustering.register_forward_pre_hook(self._keep_pixels)
+        if isinstance(model, ClusterFormerForUniversalSegmentation):
+            self.stages.append("masks")
+            model.decoder.pixel_embeddings.register_forward_hook(self._keep_embeddings)
 
     def _keep_output(self, name: str, module, args, output: torch.Tensor):
         """The map (height, width, channels) that a block clusters; the released forms have their channels first."""
@@ -104,11 +112,15 @@ class StageReader:
         (height, width), *_ = geometry.map_sizes
         self.features["decoder"] = features[0, : height * width].unflatten(0, (height, width))
 
+    def _keep_embeddings(self, module, args, output: torch.Tensor):
+        """The map (height, width, channels) that masks are read from."""
+        self.features["masks"] = output[0].permute(1, 2, 0)
+
     @torch.no_grad()
     def __call__(self, picture) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
         """
         Returns for each stage the labels of its map (heads, height, width), int64; what its last block, or the
-        decoder's last layer, clusters (height, width, channels); and its number of clusters, K.
+        decoder's last layer, clusters, or masks are read from (height, width, channels); and its number of clusters, K.
         """
         inputs = self.image_processor(images=picture, return_tensors="pt")
         inputs = {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}
@@ -116,6 +128,8 @@ class StageReader:
         maps = [*outputs.cluster_assignments]
         if "decoder" in self.stages:
             maps.append(outputs.decoder_cluster_assignments[-1][0])  # the finest level
+        if "masks" in self.stages:
+            maps.append(mask_probabilities(outputs)[:, None])  # as of one head
         found = {}
         for name, assignments in zip(self.stages, maps, strict=True):
             real = assignments[0, 0].sum(dim=0) > 0
@@ -124,6 +138,13 @@ class StageReader:
             features = self.features[name][:height, :width]
             found[name] = labels.numpy(), features.numpy(), assignments.shape[2]
         return found
+
+
+def mask_probabilities(outputs: ClusterFormerUniversalSegmentationOutput) -> torch.Tensor:
+    """(batch, K, height, width), of a centre's mask and its class together; 0 at padded pixels."""
+    classes = outputs.class_queries_logits.softmax(dim=-1)[..., :-1].amax(dim=-1)
+    is_real = (outputs.masks_queries_logits > SURPLUS_LOGIT).any(dim=1, keepdim=True)
+    return classes[..., None, None] * outputs.masks_queries_logits.sigmoid() * is_real
 
 
 def load_model(folder: str) -> ClusterFormerPreTrainedModel:

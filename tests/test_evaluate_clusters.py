@@ -21,6 +21,7 @@ import torch
 from skimage.segmentation import slic
 from transformers import (
     DeformableDetrImageProcessor,
+    Mask2FormerImageProcessor,
     SegformerImageProcessor,
     UperNetConfig,
     UperNetForSemanticSegmentation,
@@ -28,7 +29,11 @@ from transformers import (
     ViTModel,
 )
 
-from clusterformer_hf import ClusterFormerConfig, ClusterFormerForObjectDetection
+from clusterformer_hf import (
+    ClusterFormerConfig,
+    ClusterFormerForObjectDetection,
+    ClusterFormerForUniversalSegmentation,
+)
 from clusterformer_hf.data.coco_masks import read_coco_masks
 from clusterformer_hf.data.digit_scenes import write_digit_scenes
 from clusterformer_hf.metrics.cluster_quality import MEASURES, cluster_quality
@@ -168,6 +173,34 @@ def test_table_on_digit_scenes(scenes, detector, released, tmp_path, capsys):
     assert [row[measure] for measure in MEASURES] == pytest.approx(np.mean(decoder, axis=0).tolist())
     kmeans = {tuple(row[m] for m in MEASURES) for row in written["rows"] if row["clusters"] == "k-means"}
     assert len(kmeans) == 5  # of each stage's own features
+
+
+def test_masks_of_a_universal_model(scenes, tmp_path):
+    """Beside the image, padding at the right: the mask's and the class's probability decide, over the real pixels."""
+    torch.manual_seed(0)
+    model = ClusterFormerForUniversalSegmentation(ClusterFormerConfig(**NANO, **DECODER, initializer_range=0.3)).eval()
+    processor = Mask2FormerImageProcessor(size={"height": 64, "width": 64}, pad_size={"height": 96, "width": 96})
+    (tmp_path / "model").mkdir()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    output = tmp_path / "clusters.json"
+    main([f"--model={tmp_path / 'model'}", f"--dataset_name={scenes}", f"--output_file={output}"])
+    rows = [row for row in json.loads(output.read_text())["rows"] if row["stage"] == "masks"]
+    assert [row["clusters"] for row in rows] == ["ours", "ours, best head", "k-means", "SLIC"]
+
+    data, _ = read_coco_masks(scenes / "test", scenes / "annotations" / "instances_test.json")
+    expected = []
+    for row in range(3):
+        picture, segments = true_segments(data, row)
+        with torch.no_grad():
+            outputs = model(**processor(picture, return_tensors="pt"))
+        assert outputs.masks_queries_logits.shape[-2:] == (48, 48)  # of 96 pixels, 64 of them real
+        classes = outputs.class_queries_logits.softmax(-1)[0, :, :-1].max(dim=-1).values
+        masks = outputs.masks_queries_logits[0, :, :32, :32].sigmoid()
+        labels = (masks * classes[:, None, None]).argmax(dim=0).numpy()
+        expected.append(list(cluster_quality(stretch(labels, (96, 96)), segments).values()))
+        assert len(np.unique(labels)) > 1
+    assert [rows[0][measure] for measure in MEASURES] == pytest.approx(np.mean(expected, axis=0).tolist())
 
 
 def test_random_released_weights_and_fewer_pictures(scenes, detector, tmp_path, capsys):
