@@ -175,7 +175,7 @@ def test_table_on_digit_scenes(scenes, detector, released, tmp_path, capsys):
     assert len(kmeans) == 5  # of each stage's own features
 
 
-def test_masks_of_a_universal_model(scenes, tmp_path):
+def test_masks_of_a_universal_model(scenes, released, tmp_path):
     """Beside the image, padding at the right: the mask's and the class's probability decide, over the real pixels."""
     torch.manual_seed(0)
     model = ClusterFormerForUniversalSegmentation(ClusterFormerConfig(**NANO, **DECODER, initializer_range=0.3)).eval()
@@ -184,7 +184,8 @@ def test_masks_of_a_universal_model(scenes, tmp_path):
     for part in (model, processor):
         part.save_pretrained(tmp_path / "model")
     output = tmp_path / "clusters.json"
-    main([f"--model={tmp_path / 'model'}", f"--dataset_name={scenes}", f"--output_file={output}"])
+    flags = [f"--model={tmp_path / 'model'}", f"--dataset_name={scenes}", f"--released_model={released}"]
+    main([*flags, f"--output_file={output}"])
     rows = [row for row in json.loads(output.read_text())["rows"] if row["stage"] == "masks"]
     assert [row["clusters"] for row in rows] == ["ours", "ours, best head", "k-means", "SLIC"]
 
