@@ -21,7 +21,7 @@ install: $(INSTALLED) ## create .venv and install everything
 demo: $(INSTALLED) ## train, save, reload and draw a small model on real digits
 	$(BIN)/python scripts/quickstart.py
 
-demo-detection: $(INSTALLED) ## train a small detector on digit scenes and draw what it sees, in half an hour
+demo-detection: $(INSTALLED) ## train a small detector on digit scenes and draw what it sees, in more than an hour
 	$(BIN)/python scripts/demo_detection.py
 
 demo-segmentation: $(INSTALLED) ## train a small panoptic model on digit scenes and draw what it finds beside the truth
@@ -30,14 +30,14 @@ demo-segmentation: $(INSTALLED) ## train a small panoptic model on digit scenes 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -q tests
 
-test-slow: $(INSTALLED) ## run the slow tests, most of them exports with open sizes
-	$(BIN)/python -m pytest -q -m slow tests
+test-slow: $(INSTALLED) ## run the slow tests: several processes, kills, exports with open sizes
+	$(BIN)/python -m pytest -q --dist worksteal -m slow tests
 
 test-slurm: $(INSTALLED) ## run jobs on a real Slurm, which it starts and stops; needs root
 	$(BIN)/python -m pytest -q -n 0 tests/slurm/jobs.py
 
 test-interruptions: $(INSTALLED) ## kill a training twenty times at random moments
-	NUM_KILLS=20 $(BIN)/python -m pytest -q -n 0 tests/test_interruptions.py
+	NUM_KILLS=20 $(BIN)/python -m pytest -q -n 0 -m "slow or not slow" tests/test_interruptions.py
 
 style: $(INSTALLED) ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
@@ -48,10 +48,10 @@ quality: $(INSTALLED) ## check the format and the code, change nothing
 	$(BIN)/ruff format --check .
 
 conformance: $(INSTALLED) ## run the common tests of transformers on our classes
-	$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_conformance.py
+	$(BIN)/python -m pytest -q --dist worksteal -m "slow or not slow" tests/test_conformance.py
 
 conformance-min: $(OLDEST_INSTALLED) ## the same, and repositories for the Hub, on the oldest supported transformers
-	$(OLDEST_VENV)/bin/python -m pytest -q -m "slow or not slow" tests/test_conformance.py tests/test_hub.py
+	$(OLDEST_VENV)/bin/python -m pytest -q --dist worksteal -m "slow or not slow" tests/test_conformance.py tests/test_hub.py
 
 benchmark: $(INSTALLED) ## measure speed and memory beside other models
 	$(BIN)/python scripts/benchmark.py

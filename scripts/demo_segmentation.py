@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Trains a nano model for panoptic segmentation on digit scenes and draws what it finds beside the truth: by estimate half
-an hour on two CPU cores.
+Trains a nano model for panoptic segmentation on digit scenes and draws what it finds beside the truth: about 70 minutes
+on one CPU core.
 
     python scripts/demo_segmentation.py [--output_dir DIR] [--max_steps N] [--resume_from_checkpoint true]
 

@@ -30,7 +30,7 @@ from tests import nano
 
 
 ROOT = Path(__file__).parents[1]
-# `make test-interruptions` kills twenty times.
+# `make test-interruptions` kills twenty times, `make test-slow` three times.
 NUM_KILLS = int(os.environ.get("NUM_KILLS", 3))
 NANO = nano.CLASSIFIER | {"drop_path_rate": 0.3}
 # Two epochs of six steps with an evaluation each, and most of the time goes into checkpoints.
@@ -110,6 +110,7 @@ def runs(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_weights(runs):
     report = json.loads((runs / "report.json").read_text())
     assert report["kills"] == NUM_KILLS
@@ -120,6 +121,7 @@ def test_killed_runs_end_with_the_same_weights(runs):
         assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-11", "checkpoint-12"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_runs_that_are_told_to_end(name, runs):
     code, marked, code_of_the_rest, still_marked = json.loads((runs / "report.json").read_text())["codes"][name]

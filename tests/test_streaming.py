@@ -195,6 +195,7 @@ def test_training_and_resuming(shards, tmp_path):
             assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_workers(shards, tmp_path):
     """As a user starts it; names of the pictures of both epochs, also where it was resumed."""
     script = tmp_path / "run.py"

@@ -146,6 +146,7 @@ def launch_script(path: Path, code: str, environment: dict, launch: list[str], *
     assert ended.returncode == 0, ended.stderr[-5000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["two_processes", "accumulated"])
 @pytest.mark.parametrize("task", TASKS)
 def test_twenty_steps_are_those_of_one_process(task, way, outputs):
@@ -178,6 +179,7 @@ def test_classes_of_pictures_without_a_loss_of_their_own(tmp_path):
     torch.testing.assert_close(weights[1], weights[0])
 
 
+@pytest.mark.slow
 def test_sharded_model_is_saved_whole(data, tmp_path):
     """The same steps with FSDP on two processes: the same weights, in a folder that loads and an own checkpoint."""
     flags, environment = four_steps(data, tmp_path)
@@ -196,6 +198,7 @@ def test_sharded_model_is_saved_whole(data, tmp_path):
     torch.testing.assert_close(dict(model.state_dict()), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_not_sharded(data, tmp_path):
     """Weights that would not be saved whole, and processes that accelerate would leave whole models to."""
     flags, environment = four_steps(data, tmp_path)
