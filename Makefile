@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 
+# Which tests of a conformance run: make MARKS="not slow" ... leaves slow ones out.
+MARKS ?= slow or not slow
+
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.clusterformer-installed
 OLDEST = transformers==5.17.0
@@ -48,10 +51,10 @@ quality: $(INSTALLED) ## check the format and the code, change nothing
 	$(BIN)/ruff format --check .
 
 conformance: $(INSTALLED) ## run the common tests of transformers on our classes
-	$(BIN)/python -m pytest -q --dist worksteal -m "slow or not slow" tests/test_conformance.py
+	$(BIN)/python -m pytest -q --dist worksteal -m "$(MARKS)" tests/test_conformance.py
 
 conformance-min: $(OLDEST_INSTALLED) ## the same, and repositories for the Hub, on the oldest supported transformers
-	$(OLDEST_VENV)/bin/python -m pytest -q --dist worksteal -m "slow or not slow" tests/test_conformance.py tests/test_hub.py
+	$(OLDEST_VENV)/bin/python -m pytest -q --dist worksteal -m "$(MARKS)" tests/test_conformance.py tests/test_hub.py
 
 benchmark: $(INSTALLED) ## measure speed and memory beside other models
 	$(BIN)/python scripts/benchmark.py

@@ -49,7 +49,7 @@ CONFIG = {
     "initializer_range": 0.06,
 }
 # The smallest chair has 105 of the photograph's 187,500 pixels.
-CONFIG_OF_MASKS = {**CONFIG, "image_size": 192, "patch_size": 2, "mask_feature_size": 32}
+CONFIG_OF_MASKS = {**CONFIG, "image_size": 256, "patch_size": 2, "mask_feature_size": 32}
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Arguments:
     output_dir: Path = field(default=Path("outputs/overfit_photo"), metadata={"help": "Where the results go."})
     max_steps: int | None = field(
         default=None,
-        metadata={"help": "Training steps, each on the whole photograph; unset, 150 for boxes and 300 for masks."},
+        metadata={"help": "Training steps, each on the whole photograph; unset, 150 for boxes and 400 for masks."},
     )
 
 
@@ -90,8 +90,8 @@ def settings_of(task: str) -> dict:
     """What the two training scripts are told differently."""
     if task == "detection":
         return {"config_overrides": json.dumps(CONFIG), "max_steps": 150, "crop": 0}
-    # A crop of 256 holds the photograph in its size at evaluation, 192 x 256.
-    return {"config_overrides": json.dumps(CONFIG_OF_MASKS), "max_steps": 300, "task": "instance", "crop_size": 256}
+    # A crop of 342 holds the photograph in its size at evaluation, 256 x 342.
+    return {"config_overrides": json.dumps(CONFIG_OF_MASKS), "max_steps": 400, "task": "instance", "crop_size": 342}
 
 
 def main(args: list[str] | None = None):
