@@ -2,19 +2,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-# Which tests of a conformance run: make MARKS="not slow" ... leaves slow ones out.
-MARKS ?= slow or not slow
-
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.clusterformer-installed
 OLDEST = transformers==5.17.0
+# What `make conformance` does without: its slow tests run these too.
+FAST = tests/test_conformance.py::test_common_tests_pass
 OLDEST_VENV = $(VENV)-oldest
 OLDEST_INSTALLED = $(OLDEST_VENV)/.clusterformer-installed
 PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 .DEFAULT_GOAL = help
-.PHONY: help install demo demo-detection demo-segmentation test test-slow test-slurm test-interruptions style quality conformance \
-	conformance-min benchmark clean
+.PHONY: help install demo demo-detection demo-segmentation test test-slow test-slurm test-interruptions style quality \
+	conformance conformance-min benchmark clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -51,10 +50,10 @@ quality: $(INSTALLED) ## check the format and the code, change nothing
 	$(BIN)/ruff format --check .
 
 conformance: $(INSTALLED) ## run the common tests of transformers on our classes
-	$(BIN)/python -m pytest -q --dist worksteal -m "$(MARKS)" tests/test_conformance.py
+	$(BIN)/python -m pytest -q --dist worksteal -m "slow or not slow" --deselect $(FAST) tests/test_conformance.py
 
 conformance-min: $(OLDEST_INSTALLED) ## the same, and repositories for the Hub, on the oldest supported transformers
-	$(OLDEST_VENV)/bin/python -m pytest -q --dist worksteal -m "$(MARKS)" tests/test_conformance.py tests/test_hub.py
+	$(OLDEST_VENV)/bin/python -m pytest -q --dist worksteal -m "slow or not slow" --deselect $(FAST) tests/test_conformance.py tests/test_hub.py
 
 benchmark: $(INSTALLED) ## measure speed and memory beside other models
 	$(BIN)/python scripts/benchmark.py

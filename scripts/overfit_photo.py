@@ -17,6 +17,7 @@ on a picture: a mistake in their format, their order or their scale would show.
 
     python scripts/overfit_photo.py [--task instance] [--output_dir DIR] [--max_steps N]
 
+Each step sees the whole photograph; further flags are those of the training script.
 The photograph is the one of Pascal VOC 2011 that imgviz brings, with 19 objects of four classes. Written: the data in
 COCO's format (`photo/`), the model (`model/`) and the picture with what was found (`predictions/`).
 """
@@ -26,13 +27,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import imgviz
-import numpy as np
 import predict
 import run_object_detection
 import run_universal_segmentation
 from PIL import Image
-from pycocotools import mask as coco_mask
 from transformers import HfArgumentParser
+
+from clusterformer_hf.data.rle import encode_masks
 
 
 CONFIG = {
@@ -56,24 +57,22 @@ CONFIG_OF_MASKS = {**CONFIG, "image_size": 256, "patch_size": 2, "mask_feature_s
 class Arguments:
     task: str = field(default="detection", metadata={"help": "Of what.", "choices": ["detection", "instance"]})
     output_dir: Path = field(default=Path("outputs/overfit_photo"), metadata={"help": "Where the results go."})
-    max_steps: int | None = field(
-        default=None,
-        metadata={"help": "Training steps, each on the whole photograph; unset, 150 for boxes and 400 for masks."},
-    )
 
 
 def write_photo(folder: Path) -> tuple[Path, Path]:
     """Writes the photograph and its boxes and masks in COCO's format; returns the folder and the file."""
     photo = imgviz.data.voc()
     height, width, _ = photo["rgb"].shape
-    annotations = []
-    for number, (label, (y1, x1, y2, x2), mask) in enumerate(  # here boxes are y, x, y, x
-        zip(photo["labels"].tolist(), photo["bboxes"].tolist(), photo["masks"]), start=1
-    ):
-        segmentation = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-        segmentation["counts"] = segmentation["counts"].decode()
-        annotation = {"id": number, "image_id": 1, "category_id": label, "iscrowd": 0, "area": int(mask.sum())}
-        annotations.append({**annotation, "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": segmentation})
+    # Here boxes are y, x, y, x.
+    boxes = [[x1, y1, x2 - x1, y2 - y1] for y1, x1, y2, x2 in photo["bboxes"].tolist()]
+    segmentations = [{"size": [height, width], "counts": rle.decode()} for rle in encode_masks(photo["masks"])]
+    areas = photo["masks"].sum(axis=(1, 2)).tolist()
+    annotations = [
+        {"id": i, "image_id": 1, "category_id": label, "bbox": box, "segmentation": mask, "area": area, "iscrowd": 0}
+        for i, (label, box, mask, area) in enumerate(
+            zip(photo["labels"].tolist(), boxes, segmentations, areas), start=1
+        )
+    ]
     names = photo["class_names"]
     content = {
         "images": [{"id": 1, "file_name": "photo.png", "height": height, "width": width}],
@@ -112,8 +111,6 @@ def main(args: list[str] | None = None):
         **dict.fromkeys(("horizontal_flip", "photometric_distort"), 0),
         **settings_of(args.task),
     }
-    if args.max_steps is not None:
-        settings["max_steps"] = args.max_steps
     for split in ("train", "validation"):
         settings |= {f"{split}_images": images, f"{split}_annotations": annotations}
     flags = [f"--{name}={value}" for name, value in settings.items()]

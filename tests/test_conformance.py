@@ -32,7 +32,8 @@ HARNESS = ROOT / "tests" / "conformance"
 CACHE = ROOT / ".cache"
 
 SPEC = runpy.run_path(str(HARNESS / "specs.py"))["load"]()
-MODEL_TESTS = ["".join(part.capitalize() for part in name.split("_")) + "Test" for name in SPEC.kinds]
+TEST_CLASSES = ["".join(part.capitalize() for part in name.split("_")) + "Test" for name in SPEC.kinds]
+TEST_CLASSES += ["BackboneMixinTest", "ConfigTest"]
 
 
 def download_sdist(version: str, destination: Path):
@@ -85,13 +86,14 @@ def run_common_tests(overlay: Path, test_classes: list[str], **variables: str):
 @pytest.mark.parametrize("half", [0, 1])
 def test_common_tests_pass(half, overlay):
     """Without those that transformers calls slow, in two processes."""
-    run_common_tests(overlay, [*MODEL_TESTS, "BackboneMixinTest", "ConfigTest"][half::2])
+    run_common_tests(overlay, TEST_CLASSES[half::2])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # torch.export with dynamic shapes takes its time on a busy machine
-@pytest.mark.parametrize("test_class", MODEL_TESTS)
+@pytest.mark.parametrize("test_class", TEST_CLASSES)
 def test_slow_common_tests_pass(test_class, overlay):
+    """The slow ones and the rest."""
     run_common_tests(overlay, [test_class], RUN_SLOW="yes")
 
 

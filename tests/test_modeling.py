@@ -329,10 +329,11 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         assert torch.equal(plain, checkpointed)
 
 
-def test_compile_without_graph_breaks():
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_compile_without_graph_breaks(masked):
     model = nano_classifier()
     batch, mask = pad_into_batch(images(1, 3, 50, 64), (64, 96), filling=0.0)
-    inputs = {"pixel_values": batch, "pixel_mask": mask}
+    inputs = {"pixel_values": batch, **({"pixel_mask": mask} if masked else {})}
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
         torch.testing.assert_close(compiled.logits, model(**inputs).logits, rtol=0, atol=1e-5)
@@ -349,7 +350,13 @@ def test_compile_backbone_without_graph_breaks():
 
 
 @pytest.mark.parametrize(
-    "kind, dynamic", [("classifier", True), ("backbone", False), pytest.param("backbone", True, marks=pytest.mark.slow)]
+    "kind, dynamic",
+    [
+        ("classifier", True),
+        ("backbone", False),
+        pytest.param("classifier", False, marks=pytest.mark.slow),
+        pytest.param("backbone", True, marks=pytest.mark.slow),
+    ],
 )
 def test_torch_export(kind, dynamic):
     torch.manual_seed(0)

@@ -134,8 +134,8 @@ def test_classifier_of_any_batch_in_8_bit(tmp_path, capsys):
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
 
 
-@pytest.mark.parametrize("batch_sizes", [(1,), pytest.param((1, 3), marks=pytest.mark.slow)])
-def test_detector_and_its_average_precision(batch_sizes, tmp_path, capsys):
+@pytest.mark.parametrize("batch_sizes, batch", [((1,), 1), pytest.param((1, 3), "'.*'", marks=pytest.mark.slow)])
+def test_detector_and_its_average_precision(batch_sizes, batch, tmp_path, capsys):
     processor = DeformableDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 64})
     model = save(ClusterFormerForObjectDetection, tmp_path / "model", processor)
     scenes = write_digit_scenes(tmp_path / "scenes", num_train=1, num_test=3, size=64)
@@ -148,7 +148,7 @@ def test_detector_and_its_average_precision(batch_sizes, tmp_path, capsys):
     for batch_size in batch_sizes:
         assert_same(model, tmp_path / "out" / "model.onnx", torch.randn(batch_size, 3, 64, 64))
     graph = export_onnx.OnnxModel(tmp_path / "out" / "model.onnx", None)
-    with pytest.raises(ValueError, match=r"of the shape \[.*, 3, 64, 64\], got \[1, 3, 64, 96\]\. Export"):
+    with pytest.raises(ValueError, match=rf"of the shape \[{batch}, 3, 64, 64\], got \[1, 3, 64, 96\]\. Export"):
         graph(torch.randn(1, 3, 64, 96))
 
 

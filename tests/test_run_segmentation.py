@@ -271,14 +271,14 @@ sys.modules["clusterformer_hf"] = None  # cannot be imported
 from transformers import pipeline
 predictor = pipeline("image-segmentation", model={str(trained[task])!r}, trust_remote_code=True, device="cpu")
 for picture in {pictures!r}:
-    print("found", [(row["label"], sum(row["mask"].tobytes()) // 255) for row in predictor(picture, threshold=0.1)])
+    print("found", [(row["label"], sum(row["mask"].tobytes()) // 255) for row in predictor(picture, threshold=0.5)])
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path)}
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     predictor = pipeline("image-segmentation", model=str(trained[task]), device="cpu")
     expected = [
-        [(row["label"], int((np.asarray(row["mask"]) > 0).sum())) for row in predictor(picture, threshold=0.1)]
+        [(row["label"], int((np.asarray(row["mask"]) > 0).sum())) for row in predictor(picture, threshold=0.5)]
         for picture in pictures
     ]
     assert [line for line in ended.stdout.splitlines() if line.startswith("found")] == [f"found {x}" for x in expected]
@@ -579,17 +579,23 @@ def test_recipes(recipe):
 
 
 def test_demo(tmp_path):
-    """As a user runs it."""
-    command = [sys.executable, ROOT / "scripts" / "demo_segmentation.py", f"--output_dir={tmp_path}", "--use_cpu"]
-    command += ["--num_train=4", "--num_test=3", "--num_pictures=2", "--per_device_train_batch_size=2"]
-    command += ["--max_steps=2", "--save_steps=2", "--eval_steps=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    """As a user runs it; an interrupted training goes on."""
+
+    def demo(*flags):
+        command = [sys.executable, ROOT / "scripts" / "demo_segmentation.py", f"--output_dir={tmp_path}", "--use_cpu"]
+        command += ["--num_train=4", "--num_test=3", "--num_pictures=2", "--per_device_train_batch_size=2", *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    printed = demo("--max_steps=2", "--save_steps=1", "--eval_steps=1")
     found = json.loads((tmp_path / "results.json").read_text())
     reported = results(tmp_path / "model")
     assert all(found[name] == reported[f"eval_{name}"] for name in ("PQ", "PQ_things", "AP50", "mIoU"))
-    assert f"{found['parameters']:,}" in ended.stdout and found["seconds"] > 0
+    assert f"{found['parameters']:,}" in printed and found["seconds"] > 0
     for name in ("000001.png", "000002.png"):
         width, height = Image.open(tmp_path / "comparisons" / name).size
         assert width >= 3 * 288 and height >= 288
+    demo("--max_steps=3", "--resume_from_checkpoint=true", "--save_steps=1", "--eval_steps=1")
+    assert json.loads((tmp_path / "model" / "trainer_state.json").read_text())["global_step"] == 3
