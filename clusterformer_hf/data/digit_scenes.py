@@ -41,6 +41,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from .folders import require_new
+from .rle import encode_masks
 
 
 SPLITS = ("train", "test")
@@ -286,11 +287,8 @@ def _write_split(output: Path, split: str, number: int, seed: int, size: int):
 
 
 def _instance_annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
-    from pycocotools import mask as coco_mask  # of the extra "train"; scenes in memory do without
-
     annotations = []
-    for label, mask, box in zip(scene.labels, scene.masks, scene.boxes):
-        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    for label, mask, box, counts in zip(scene.labels, scene.masks, scene.boxes, encode_masks(scene.masks)):
         annotations.append(
             {
                 "id": first_id + len(annotations),
@@ -299,7 +297,7 @@ def _instance_annotations(scene: Scene, image_id: int, first_id: int) -> list[di
                 "bbox": box.tolist(),
                 "area": int(mask.sum()),
                 "iscrowd": 0,
-                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                "segmentation": {"size": list(mask.shape), "counts": counts.decode()},
             }
         )
     return annotations
