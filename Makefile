@@ -5,8 +5,6 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.clusterformer-installed
 OLDEST = transformers==5.17.0
-# What `make conformance` does without: its slow tests run these too.
-FAST = tests/test_conformance.py::test_common_tests_pass
 OLDEST_VENV = $(VENV)-oldest
 OLDEST_INSTALLED = $(OLDEST_VENV)/.clusterformer-installed
 PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
@@ -50,10 +48,12 @@ quality: $(INSTALLED) ## check the format and the code, change nothing
 	$(BIN)/ruff format --check .
 
 conformance: $(INSTALLED) ## run the common tests of transformers on our classes
-	$(BIN)/python -m pytest -q --dist worksteal -m "slow or not slow" --deselect $(FAST) tests/test_conformance.py
+	$(BIN)/python -m pytest -q --dist worksteal -m "slow or not slow" tests/test_conformance.py
 
+# Export with open sizes is left out: PyTorch, which both environments share, traces for longer than all the rest takes.
 conformance-min: $(OLDEST_INSTALLED) ## the same, and repositories for the Hub, on the oldest supported transformers
-	$(OLDEST_VENV)/bin/python -m pytest -q --dist worksteal -m "slow or not slow" --deselect $(FAST) tests/test_conformance.py tests/test_hub.py
+	$(OLDEST_VENV)/bin/python -m pytest -q --dist worksteal -m "slow or not slow" -k "not dynamic" \
+		tests/test_conformance.py tests/test_hub.py
 
 benchmark: $(INSTALLED) ## measure speed and memory beside other models
 	$(BIN)/python scripts/benchmark.py

@@ -116,8 +116,7 @@ def main(args: list[str] | None = None):
     flags = [f"--{name}={value}" for name, value in settings.items()]
     training = run_object_detection if args.task == "detection" else run_universal_segmentation
     training.main([*flags, "--do_train", "--do_eval", *training_flags])
-    prediction = [str(images / "photo.png"), f"--model={model}", f"--output_dir={args.output_dir / 'predictions'}"]
-    predict.main([*prediction, *(["--subtask=instance"] if args.task == "instance" else [])])
+    predict.main([str(images / "photo.png"), f"--model={model}", f"--output_dir={args.output_dir / 'predictions'}"])
     results = json.loads((model / "eval_results.json").read_text())
     print(f"AP {results['eval_AP']:.3f}, AP50 {results['eval_AP50']:.3f} on the photograph trained on, of 1 possible.")
 

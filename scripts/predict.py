@@ -58,7 +58,6 @@ from clusterformer_hf.segmentation_pictures import add_legend, draw_segments, se
 from clusterformer_hf.segmentation_results import (
     InstanceFiles,
     PanopticFiles,
-    SegmentFiles,
     SegmentPipeline,
     SemanticFiles,
 )
@@ -82,7 +81,11 @@ class Arguments:
     )
     subtask: str | None = field(
         default=None,
-        metadata={"help": "Universal segmentation: panoptic, if unset, or instance or semantic.", "choices": SUBTASKS},
+        metadata={
+            "help": "Universal segmentation: panoptic, instance or semantic. If unset: panoptic, or instance "
+            "for a model whose classes all have instances.",
+            "choices": SUBTASKS,
+        },
     )
     batch_size: int = field(
         default=1,
@@ -113,7 +116,7 @@ class Task:
         draw: Draws a picture's predictions, as the pipeline returns them.
         show_clusters: Makes the page and the panel that `--clusters` asks for.
         summary: The predictions in a few words.
-        subtasks: What `--subtask` may choose, the default first.
+        subtasks: What `--subtask` may choose.
         pipeline_class: If not the one that transformers has for the task.
     """
 
@@ -126,9 +129,6 @@ class Task:
     summary: Callable[[list[dict]], str]
     subtasks: tuple[str, ...] = ()
     pipeline_class: type[Pipeline] | None = None
-
-    def subtask(self, args: Arguments) -> str | None:
-        return args.subtask or next(iter(self.subtasks), None)
 
 
 def draw_classes(predictor: Pipeline, picture: Image.Image, predictions: list[dict]) -> Image.Image:
@@ -332,9 +332,15 @@ def load_predictor(task: Task, args: Arguments) -> Pipeline:
     return pipeline(task.name, model=args.model, device=args.device, pipeline_class=task.pipeline_class)
 
 
-def open_files(task: Task, args: Arguments, config) -> SegmentFiles | None:
-    """The files of segments, where there are any."""
-    return SEGMENT_FILES[task.subtask(args)](args.output_dir, config) if task.subtasks else None
+def choose_subtask(task: Task, args: Arguments, config) -> str | None:
+    """
+    What a segmentation model segments, None for other models.
+
+    Without stuff to fill the background, panoptic segments of a model that was trained for instances would flood it.
+    """
+    if args.subtask is None and "instance" in task.subtasks and getattr(config, "label_ids_to_fuse", None) == []:
+        return "instance"
+    return args.subtask or next(iter(task.subtasks), None)
 
 
 def main(args: list[str] | None = None):
@@ -346,9 +352,9 @@ def main(args: list[str] | None = None):
     names = output_names(paths, args.output_dir)
     predictor = load_predictor(task, args)
     (args.output_dir / "clusters" if args.clusters else args.output_dir).mkdir(parents=True, exist_ok=True)
-    files, options = open_files(task, args, predictor.model.config), task.options(args)
-    if files is not None:
-        options["subtask"] = task.subtask(args)
+    files, options, subtask = None, task.options(args), choose_subtask(task, args, predictor.model.config)
+    if subtask is not None:
+        files, options["subtask"] = SEGMENT_FILES[subtask](args.output_dir, predictor.model.config), subtask
 
     results = {}
     for batch in read_batches(paths, args.batch_size, task.one_size, problems):

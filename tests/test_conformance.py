@@ -32,8 +32,8 @@ HARNESS = ROOT / "tests" / "conformance"
 CACHE = ROOT / ".cache"
 
 SPEC = runpy.run_path(str(HARNESS / "specs.py"))["load"]()
-TEST_CLASSES = ["".join(part.capitalize() for part in name.split("_")) + "Test" for name in SPEC.kinds]
-TEST_CLASSES += ["BackboneMixinTest", "ConfigTest"]
+MODEL_TESTS = ["".join(part.capitalize() for part in name.split("_")) + "Test" for name in SPEC.kinds]
+TEST_CLASSES = [*MODEL_TESTS, "BackboneMixinTest", "ConfigTest"]
 
 
 def download_sdist(version: str, destination: Path):
@@ -67,12 +67,13 @@ def overlay(tmp_path_factory):
     return path
 
 
-def run_common_tests(overlay: Path, test_classes: list[str], **variables: str):
+def run_common_tests(overlay: Path, test_classes: list[str], *options: str, **variables: str):
     # The child is no worker of ours: without the variables of pytest and its plugins.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env |= {"CONFORMANCE_OVERLAY": str(overlay), "PYTHONPATH": str(ROOT), **variables}
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", *(f"test_conformance.py::{name}" for name in test_classes), "--timeout=600"],
+        [sys.executable, "-m", "pytest", "--timeout=600", *options]
+        + [f"test_conformance.py::{name}" for name in test_classes],
         cwd=HARNESS,
         env=env,
         stdout=subprocess.PIPE,
@@ -90,11 +91,11 @@ def test_common_tests_pass(half, overlay):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # torch.export with dynamic shapes takes its time on a busy machine
-@pytest.mark.parametrize("test_class", TEST_CLASSES)
-def test_slow_common_tests_pass(test_class, overlay):
-    """The slow ones and the rest."""
-    run_common_tests(overlay, [test_class], RUN_SLOW="yes")
+@pytest.mark.timeout(1200)  # tracing takes its time on a busy machine
+@pytest.mark.parametrize("selection", ["not (export and dynamic)", "export and dynamic"], ids=["static", "dynamic"])
+@pytest.mark.parametrize("test_class", MODEL_TESTS)
+def test_slow_common_tests_pass(test_class, selection, overlay):
+    run_common_tests(overlay, [test_class], "-m", "slow", "-k", selection, RUN_SLOW="yes")
 
 
 def test_nothing_else_is_skipped():

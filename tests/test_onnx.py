@@ -84,7 +84,11 @@ def assert_same(model, path, pixel_values: torch.Tensor, atol: float = 1e-4):
     [
         (ClusterFormerBackbone, ["feature_maps.0", "feature_maps.1"]),
         pytest.param(ClusterFormerForSemanticSegmentation, ["logits"], marks=pytest.mark.slow),
-        (ClusterFormerForUniversalSegmentation, ["class_queries_logits", "masks_queries_logits"]),
+        pytest.param(
+            ClusterFormerForUniversalSegmentation,
+            ["class_queries_logits", "masks_queries_logits"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_fixed_sizes(model_class, outputs, tmp_path, capsys):

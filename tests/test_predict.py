@@ -472,6 +472,15 @@ def test_label_maps(kind, universal, semantic, pictures, tmp_path, capsys):
         assert_overlay(tmp_path / "out", result, found, segment_colors([0, 1, 2], 3))
 
 
+def test_without_stuff_instances_are_the_default(universal, pictures, tmp_path):
+    folder = shutil.copytree(universal, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"label_ids_to_fuse": []}))
+    for model, file in ((folder, "instances.json"), (universal, "panoptic.json")):
+        segment(model, pictures, tmp_path / file)
+        assert {path.name for path in (tmp_path / file).glob("*.json")} == {file, "predictions.json"}
+
+
 @pytest.mark.parametrize("subtask, file", [("panoptic", "panoptic.json"), ("instance", "instances.json")])
 def test_no_segments(subtask, file, universal, pictures, tmp_path, capsys):
     results = segment(universal, pictures, tmp_path / "out", f"--subtask={subtask}", "--threshold=1")

@@ -578,6 +578,7 @@ def test_recipes(recipe):
     assert augmentation.crop(processor)[0] >= config.image_size and np.prod(config.center_grid[-1]) >= 6
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     """As a user runs it; an interrupted training goes on."""
 

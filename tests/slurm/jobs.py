@@ -132,14 +132,6 @@ def undisturbed(cluster, digits, tmp_path_factory) -> bytes:
     return jobs[0].weights()
 
 
-def test_requeued_by_hand(cluster, digits, undisturbed, tmp_path):
-    job = Job(cluster, digits, tmp_path / "job")
-    job.wait_for_checkpoint(20)
-    job.command("scontrol", "requeue", job.number)
-    job.wait()
-    assert job.starts() == 2 and job.weights() == undisturbed
-
-
 def test_preempted(cluster, digits, undisturbed, tmp_path):
     job = Job(cluster, digits, tmp_path / "job", "--cpus-per-task=4")
     job.wait_for_checkpoint(20)
@@ -148,25 +140,35 @@ def test_preempted(cluster, digits, undisturbed, tmp_path):
     assert job.starts() == 2 and job.weights() == undisturbed and "Interrupted (SIG" in job.text()
 
 
-def test_time_limit(cluster, digits, undisturbed, tmp_path):
-    """The limit is two minutes, and Slurm may send its signal a minute early; the job takes longer than that."""
-    flags = ["--time=2", "--signal=B:USR1@25"]
-    job = Job(cluster, digits, tmp_path / "job", *flags, STEP_SECONDS="1.2")
+@pytest.fixture(scope="module")
+def limited(cluster, digits, undisturbed, tmp_path_factory) -> Job:
+    """
+    A job that takes longer than its limit of two minutes, and than the one that Slurm may send its signal early. It
+    mostly sleeps, while the tests before its own run.
+    """
+    folder = tmp_path_factory.mktemp("limited") / "job"
+    return Job(cluster, digits, folder, "--time=2", "--signal=B:USR1@25", STEP_SECONDS="1.2")
+
+
+def test_requeued_by_hand(cluster, digits, undisturbed, limited, tmp_path):
+    job = Job(cluster, digits, tmp_path / "job")
+    job.wait_for_checkpoint(20)
+    job.command("scontrol", "requeue", job.number)
     job.wait()
-    assert job.starts() >= 2 and job.weights() == undisturbed and "Interrupted (SIGUSR1)" in job.text()
+    assert job.starts() == 2 and job.weights() == undisturbed
 
 
-def test_cancelled_job_does_not_come_back(cluster, digits, tmp_path):
+def test_cancelled_job_does_not_come_back(cluster, digits, limited, tmp_path):
     job = Job(cluster, digits, tmp_path / "job")
     job.wait_for_checkpoint(20)
     job.command("scancel", job.number)
     job.wait()
     time.sleep(3)
-    assert job.starts() == 1 and not job.command("squeue", "-h").strip()
+    assert job.starts() == 1 and job.number not in job.command("squeue", "-h", "--format=%A")
     assert not (tmp_path / "job" / "out" / "model.safetensors").exists()
 
 
-def test_port_in_use(cluster, digits, tmp_path):
+def test_port_in_use(cluster, digits, limited, tmp_path):
     import socket
 
     with socket.create_server(("", 0)) as server:
@@ -174,3 +176,8 @@ def test_port_in_use(cluster, digits, tmp_path):
         job = Job(cluster, digits, tmp_path / "job", MASTER_PORT=port)
         job.wait()
     assert job.starts() == 1 and "EADDRINUSE" in job.text() and port in job.text()
+
+
+def test_time_limit(limited, undisturbed):
+    limited.wait()
+    assert limited.starts() >= 2 and limited.weights() == undisturbed and "Interrupted (SIGUSR1)" in limited.text()
