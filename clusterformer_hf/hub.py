@@ -22,17 +22,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageDraw
 from transformers import BaseImageProcessor, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
-from .model_card import TrainingRecord, render_model_card
+from .model_card import RECORD_NAME, TrainingRecord, render_model_card
 from .modeling_clusterformer import ClusterFormerPreTrainedModel
 from .provenance import read_for
 
+
+logger = logging.get_logger(__name__)
 
 EXAMPLE_NAME = "example.png"
 RESULTS_NAME = "eval_results.json"
@@ -59,7 +61,7 @@ STALE_FILES = (
     "*.safetensors.index.json",
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
-    "*.py",
+    "*_clusterformer.py",
     RESULTS_NAME,
 )
 
@@ -77,7 +79,7 @@ def export_repository(
     results: str | Path | None = None,
     record: str | Path | None = None,
     example: Image.Image | None = None,
-    license: str = DEFAULT_LICENSE,
+    license: str | None = DEFAULT_LICENSE,
     max_shard_size: int | str = "5GB",
 ) -> Path:
     """
@@ -91,7 +93,7 @@ def export_repository(
         results: The JSON file of the model's evaluation. Without it README.md has no numbers.
         record: The `training_record.json` of the model's training. Pictures beside it that it shows are taken too.
         example: A picture that may be published. Without it one is drawn.
-        license: The weights' license, by its name on the Hub.
+        license: The weights' license, by its name on the Hub; None if it is not known.
         max_shard_size: Weights of more bytes (a number, or as `"5GB"`) are split into files of this size.
 
     Raises:
@@ -163,6 +165,17 @@ def check_repo_id(repo_id: str):
         raise ValueError(f"{repo_id!r} is no name of a repository: it must be USER/NAME or ORGANISATION/NAME.")
 
 
+def known_license(folder: str | Path) -> str | None:
+    """
+    The license in the README.md of a model's folder; if it has none, `DEFAULT_LICENSE`, or None for a model that was
+    trained from another, whose license its weights may be under.
+    """
+    card, record = Path(folder, "README.md"), Path(folder, RECORD_NAME)
+    license = ModelCard.load(card).data.license if card.is_file() else None
+    base_model = json.loads(record.read_text(encoding="utf-8"))["base_model"] if record.is_file() else None
+    return license or (None if base_model else DEFAULT_LICENSE)
+
+
 def find_token(token: str | None = None) -> str:
     """This token or, if unset, that of `hf auth login` or HF_TOKEN; [`HubError`] if there is none."""
     token = token or get_token()
@@ -191,20 +204,21 @@ def publish(
     Raises:
         [`HubError`]: if nothing was published.
     """
-    api = HfApi(token=find_token(token))
+    api, card = HfApi(token=find_token(token)), Path(folder, "README.md")
     with explained_errors(repo_id):
+        if card.exists():
+            ModelCard.load(card).validate()
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo_id).private:
             raise HubError(f"{repo_id} exists and is public. Make it private on its page, or leave --private away.")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        operations = commit_operations(Path(folder), api.list_repo_files(repo_id, revision=revision))
+        stale = [each.path_in_repo for each in operations if isinstance(each, CommitOperationDelete)]
+        if stale:
+            logger.warning(f"Deleted from {repo_id}, as they were of an earlier model: {', '.join(stale)}")
         # Not `upload_folder`, which may spread a large folder over several commits.
-        return api.create_commit(
-            repo_id,
-            commit_operations(Path(folder), api.list_repo_files(repo_id, revision=revision)),
-            commit_message="Upload a ClusterFormer model",
-            revision=revision,
-        )
+        return api.create_commit(repo_id, operations, commit_message="Upload a ClusterFormer model", revision=revision)
 
 
 def commit_operations(folder: Path, published: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
@@ -223,6 +237,8 @@ def explained_errors(repo_id: str) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled as error:
         raise HubError("Nothing was uploaded: HF_HUB_OFFLINE is set.") from error
+    except ValueError as error:
+        raise HubError(f"Nothing was uploaded: the Hub does not take README.md. {error}") from error
     except HfHubHTTPError as error:
         reason = {
             401: "the Hub does not know the token. Make a new one and log in with `hf auth login`.",

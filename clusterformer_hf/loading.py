@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, Pre
 
 from .configuration_clusterformer import ClusterFormerConfig
 from .modeling_clusterformer import ClusterFormerPreTrainedModel
+from .provenance import public_name
 
 
 logger = logging.getLogger(__name__)
@@ -191,8 +192,9 @@ def proportional_size(config: PreTrainedConfig) -> dict[str, int]:
 
 def describe(model: PreTrainedModel, args: ModelArguments) -> str:
     """A model card's paragraph on a trained model."""
-    origin = f"fine-tuned from `{args.model_name_or_path}`" if args.model_name_or_path else "from scratch"
+    source = args.model_name_or_path
+    origin = f"fine-tuned from `{public_name(source)}`" if source else "trained from scratch"
     return (
-        f"`{type(model).__name__}` with {model.num_parameters():,} parameters, trained {origin}. "
+        f"`{type(model).__name__}` with {model.num_parameters():,} parameters, {origin}. "
         "ClusterFormer: [Clustering As A Universal Visual Learner](https://arxiv.org/abs/2309.13196)."
     )

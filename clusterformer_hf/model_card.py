@@ -111,8 +111,11 @@ def render_model_card(
     task, template, auto_class = model_task(model)
     is_ours = model.config.model_type == ClusterFormerConfig.model_type
     record = record or TrainingRecord(describe(model), name_classes(model), "Nothing is recorded of its training.")
-    name = Path(location).name
+    name, size = Path(location).name, model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
     values = {
+        "height": height,
+        "width": width,
         "name": name,
         "location": location,
         "example": example,
@@ -185,9 +188,14 @@ def name_classes(model: PreTrainedModel) -> str:
     """A sentence with the classes that a model knows; empty for a backbone."""
     if model_task(model) == BACKBONE:
         return "It gives features and no answers: it is made to be trained further."
-    names = [as_text(str(name)) for name in model.config.id2label.values()]
+    return f"It knows {len(model.config.id2label)} classes: {list_classes(model.config.id2label.values())}."
+
+
+def list_classes(names: Iterable[str]) -> str:
+    """The names in Markdown, of many the first."""
+    names = [as_text(str(name)) for name in names]
     more = f" and {len(names) - MAX_CLASSES} more" if len(names) > MAX_CLASSES else ""
-    return f"It knows {len(names)} classes: {', '.join(names[:MAX_CLASSES])}{more}."
+    return f"{', '.join(names[:MAX_CLASSES])}{more}"
 
 
 def as_text(name: str) -> str:

@@ -54,11 +54,16 @@ def provenance(model: nn.Module, dataset: str | None) -> dict[str, str | None]:
     """
     return {
         "weights": fingerprint(model),
-        "dataset": Path(dataset).name if dataset and Path(dataset).exists() else dataset,
+        "dataset": dataset and public_name(dataset),
         "command": command(),
         "date": date.today().isoformat(),
         **environment(),
     }
+
+
+def public_name(source: str) -> str:
+    """A name on the Hub as it is; of a path on this machine only its last part."""
+    return Path(source).absolute().name if Path(source).exists() else source
 
 
 def command() -> str:

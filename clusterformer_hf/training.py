@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.utils import parse_flag_from_env
-from huggingface_hub import CommitInfo, ModelCard
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -44,7 +44,7 @@ from .interruption import EXIT_CODE, InterruptionCallback, mark, undisturbed
 from .loss_clusterformer import accumulated
 from .model_card import RECORD_NAME, TrainingRecord, render_model_card
 from .modeling_clusterformer import ClusterFormerPreTrainedModel
-from .provenance import PROVENANCE, ForeignResultsError, provenance, read_for
+from .provenance import PROVENANCE, ForeignResultsError, provenance, public_name, read_for
 from .throughput import describe_throughput, measure_throughput
 from .training_log import CURVES_NAME, TrainingLog, clustering_health, draw_curves
 
@@ -433,7 +433,7 @@ class ClusterFormerTrainer(Trainer):
                 self.hub_model_id,
                 results=results if own_results(results, model) is not None else None,
                 record=folder / RECORD_NAME,
-                license=ModelCard.load(folder / "README.md").data.license or hub.DEFAULT_LICENSE,
+                license=hub.known_license(folder),
             )
             private = bool(args.hub_private_repo)
             return hub.publish(
@@ -627,7 +627,7 @@ def write_card(
     card = {
         "tasks": task,
         "tags": [task, "vision", "clusterformer"],
-        "dataset": Path(source).name if is_local else source,
+        "dataset": public_name(source),
         "dataset_tags": dataset_tags if is_local else source,
         "settings": settings,
         **paragraphs,

@@ -118,7 +118,8 @@ def load_model(folder: str) -> PreTrainedModel:
     model_class = getattr(clusterformer_hf, names[0], None)
     if model_class is None:
         raise ValueError(f"--model {folder} holds {', '.join(names)}, and no ClusterFormer.")
-    model, report = model_class.from_pretrained(folder, output_loading_info=True)
+    # The graph takes float32, whatever the weights were saved in.
+    model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"--model {folder} lacks weights of {names[0]}: {', '.join(sorted(report['missing_keys']))}.")
     return model.eval()

@@ -26,6 +26,7 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image
 from transformers import AutoImageProcessor, HfArgumentParser
@@ -35,11 +36,11 @@ from clusterformer_hf import ClusterFormerConfig
 from clusterformer_hf.data.images import open_image
 from clusterformer_hf.hub import (
     AUTO_CLASSES,
-    DEFAULT_LICENSE,
     RESULTS_NAME,
     HubError,
     check_repo_id,
     export_repository,
+    known_license,
     publish,
 )
 from clusterformer_hf.loading import summarise
@@ -57,7 +58,13 @@ class Arguments:
     example: Path | None = field(
         default=None, metadata={"help": "Picture for the repository that you may publish; one is drawn if unset."}
     )
-    license: str = field(default=DEFAULT_LICENSE, metadata={"help": "License of the weights, by its name on the Hub."})
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "License of the weights, by its name on the Hub. If unset, that of the README.md in the model's "
+            "folder, or else apache-2.0 for a model that was trained from no other."
+        },
+    )
 
 
 def load_model(folder: Path):
@@ -115,19 +122,26 @@ def export(args: Arguments) -> Path:
         load_image_processor(args.model),
         open_example(args.example),
     )
-    if folder.exists():
-        shutil.rmtree(folder)
     results, record = (args.model / name for name in (RESULTS_NAME, RECORD_NAME))
-    return export_repository(
-        model,
-        image_processor,
-        folder,
-        args.repo_id,
-        results=results if results.is_file() else None,
-        record=record if record.is_file() else None,
-        example=example,
-        license=args.license,
-    )
+    license = args.license or known_license(args.model)
+    if license is None:
+        print(f"README.md names no license: that of the model that {args.model} was trained from is not known.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        written = export_repository(
+            model,
+            image_processor,
+            Path(temporary, folder.name),
+            args.repo_id,
+            results=results if results.is_file() else None,
+            record=record if record.is_file() else None,
+            example=example,
+            license=license,
+        )
+        if folder.exists():
+            shutil.rmtree(folder)
+        written.rename(folder)
+    return folder
 
 
 def print_contents(folder: Path, args: Arguments):
@@ -144,7 +158,10 @@ def main(args: list[str] | None = None):
         folder = export(args)
         print_contents(folder, args)
         if args.dry_run:
-            print("Nothing was uploaded.")
+            print(
+                "Nothing was uploaded. The command without --dry-run writes the folder anew; to change it by hand and "
+                f"upload it as it is: hf upload {args.repo_id} {folder}"
+            )
         else:
             commit = publish(folder, args.repo_id, private=args.private, revision=args.revision)
             print(f"Published as {commit.commit_url}")

@@ -40,6 +40,7 @@ from clusterformer_hf.data.shards import find_shards, load_whole
 from clusterformer_hf.data.smoke import smoke_digits
 from clusterformer_hf.data.streaming import StreamingDataset
 from clusterformer_hf.metrics.accuracy import ClassificationAccuracy
+from clusterformer_hf.model_card import list_classes
 from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import (
     ClusterFormerTrainer,
@@ -216,8 +217,8 @@ def card_paragraphs(model_args, model, splits, class_names: list[str], skipped: 
     left_out = f" {len(skipped)} files that could not be read were left out." if skipped else ""
     return {
         "description": loading.describe(model, model_args),
-        "limits": f"It tells {len(class_names)} classes apart: {', '.join(class_names)}. Pictures of anything else get "
-        "one of them too. The results hold for pictures like those of the evaluation set.",
+        "limits": f"It tells {len(class_names)} classes apart: {list_classes(class_names)}. Pictures of anything else "
+        "get one of them too. The results hold for pictures like those of the evaluation set.",
         "data": f"Number of pictures: {counts}.{left_out}",
     }
 

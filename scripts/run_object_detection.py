@@ -63,6 +63,7 @@ from clusterformer_hf.metrics.detection import (
     set_up_evaluation,
     write_coco_results,
 )
+from clusterformer_hf.model_card import list_classes
 from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import (
     ClusterFormerTrainer,
@@ -191,7 +192,7 @@ def card_paragraphs(model_args, model, splits: dict[str, DetectionData], skipped
     names = splits["train"].class_names
     return {
         "description": describe(model, model_args),
-        "limits": f"It finds {len(names)} classes of objects: {', '.join(names)}. Objects of other classes are not "
+        "limits": f"It finds {len(names)} classes of objects: {list_classes(names)}. Objects of other classes are not "
         "found, or taken for one of them. The results hold for pictures like those of the evaluation set.",
         "data": f"Number of pictures and boxes: {counts}.{left_out}",
     }

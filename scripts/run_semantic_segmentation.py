@@ -72,6 +72,7 @@ from clusterformer_hf.loading import (
 from clusterformer_hf.metrics.detection import set_up_evaluation
 from clusterformer_hf.metrics.segmentation import SegmentationTrainer
 from clusterformer_hf.metrics.semantic import SemanticMetric, SemanticPostProcessor
+from clusterformer_hf.model_card import list_classes
 from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import (
     ClusterFormerTrainingArguments,
@@ -230,8 +231,8 @@ def card_paragraphs(model_args, model, splits: dict[str, SemanticData], skipped:
     names = splits["train"].class_names
     return {
         "description": describe(model, model_args),
-        "limits": f"It gives each pixel one of {len(names)} classes: {', '.join(names)}. What is of no such class is "
-        "taken for one of them. The results hold for pictures like those of the evaluation set.",
+        "limits": f"It gives each pixel one of {len(names)} classes: {list_classes(names)}. What is of no such class "
+        "is taken for one of them. The results hold for pictures like those of the evaluation set.",
         "data": f"Number of pictures: {counts}.{left_out}",
     }
 

@@ -72,6 +72,7 @@ from clusterformer_hf.metrics.instance import InstanceMetric, InstancePostProces
 from clusterformer_hf.metrics.panoptic import PanopticMetric, PanopticPostProcessor, write_panoptic_json
 from clusterformer_hf.metrics.segmentation import JoinedMetric, JoinedPostProcessor, SegmentationTrainer
 from clusterformer_hf.metrics.semantic import SemanticMetric, UniversalSemanticPostProcessor
+from clusterformer_hf.model_card import list_classes
 from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import (
     ClusterFormerTrainingArguments,
@@ -298,10 +299,10 @@ def card_paragraphs(model_args, model, splits: dict, skipped: list[str]) -> dict
     left_out = f" {len(skipped)} pictures or annotations that could not be used were left out." if skipped else ""
     names, config = splits["train"].class_names, model.config
     stuff = [config.id2label[label] for label in config.label_ids_to_fuse]
-    without_instances = f" Without instances: {', '.join(stuff)}." if stuff else ""
+    without_instances = f" Without instances: {list_classes(stuff)}." if stuff else ""
     return {
         "description": describe(model, model_args),
-        "limits": f"It finds {len(names)} classes: {', '.join(names)}.{without_instances} "
+        "limits": f"It finds {len(names)} classes: {list_classes(names)}.{without_instances} "
         "What is of other classes is not found, or taken for one of them. The results hold for pictures like those "
         "of the evaluation set.",
         "data": f"Number of pictures and masks: {counts}.{left_out}",

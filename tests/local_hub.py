@@ -66,6 +66,7 @@ class LocalHub(ThreadingHTTPServer):
         """Large files that arrive are kept waiting, and then lost."""
         self.upload_arrived = threading.Event()
         self.breaks_commits = False
+        self.refuses_cards = False
         """The connection ends instead of a commit."""
 
     @property
@@ -218,6 +219,8 @@ class Handler(BaseHTTPRequestHandler):
             ModelCard(json.loads(self.body)["content"])
         except Exception as error:
             errors = [{"message": str(error)}]
+        if self.server.refuses_cards:
+            errors = [{"message": "license must be one of them"}]
         self.send(400 if errors else 200, json.dumps({"errors": errors, "warnings": []}).encode())
 
     def describe(self, repo: str, revision: str = "main"):

@@ -47,9 +47,16 @@ from clusterformer_hf import (
     ClusterFormerModel,
 )
 from clusterformer_hf.hub import draw_example, export_repository
+from clusterformer_hf.loading import ModelArguments
 from clusterformer_hf.model_card import TrainingRecord, render_model_card
 from clusterformer_hf.provenance import ForeignResultsError, command, fingerprint, provenance
 from clusterformer_hf.training import own_results
+from scripts import (
+    run_image_classification,
+    run_object_detection,
+    run_semantic_segmentation,
+    run_universal_segmentation,
+)
 from scripts.push_to_hub import main
 from tests.local_hub import LocalHub
 
@@ -503,23 +510,25 @@ def test_branch_and_private_repository(hub, runs, capsys):
     assert hub.repositories["me/open"].branches == before
 
 
-def test_files_of_another_model_are_replaced(hub, runs, tmp_path):
-    """Old shards, pickles and results would be taken for parts of the new model; other files stay."""
+def test_files_of_another_model_are_replaced(hub, runs, tmp_path, caplog):
+    """Old shards, pickles, code and results would be taken for parts of the new model; other files stay."""
     main([f"--model={runs['classifier']}", "--repo-id=me/it"])
     repository = hub.repositories["me/it"]
     old = (
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
         "pytorch_model.bin",
-        "old.py",
+        "old_clusterformer.py",
     )
-    kept = {"notes.md", "notes.bin", "examples/app.py", "onnx/model.safetensors"}
+    kept = {"notes.md", "notes.bin", "handler.py", "examples/app.py", "onnx/model.safetensors"}
     repository.commit("main", repository.commits[repository.branches["main"]] | dict.fromkeys((*old, *kept), b"{}"))
     shutil.copytree(runs["detector"], tmp_path / "unmeasured", ignore=shutil.ignore_patterns("eval_results.json"))
     main([f"--model={tmp_path / 'unmeasured'}", "--repo-id=me/it"])
     names = set(repository.commits[repository.branches["main"]])
     assert names == {path.name for path in Path("outputs/hub/me/it").iterdir()} | {".gitattributes"} | kept
     assert "eval_results.json" not in names
+    (message,) = [record.getMessage() for record in caplog.records if "Deleted from me/it" in record.getMessage()]
+    assert all(name in message for name in (*old, "eval_results.json")) and not any(name in message for name in kept)
 
 
 @pytest.mark.parametrize(
@@ -532,6 +541,7 @@ def test_files_of_another_model_are_replaced(hub, runs, tmp_path):
         ({"offline": True}, "Nothing was uploaded: HF_HUB_OFFLINE is set."),
         ({"repo_id": "it"}, "'it' is no name of a repository: it must be USER/NAME or ORGANISATION/NAME."),
         ({"repo_id": "me/it/main"}, "'me/it/main' is no name of a repository, USER/NAME: "),
+        ({"refused": True}, "the Hub does not take README.md. .*license must be one of them"),
         ({"breaks": True}, "The upload to me/it broke off: .*\nThe repository has all of the new files or none"),
         ({"gone": True}, "The upload to me/it broke off: "),
     ],
@@ -550,7 +560,7 @@ def test_uploads_that_fail(settings, message, hub, runs, monkeypatch, capsys):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     if settings.get("gone"):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    hub.breaks_commits = settings.get("breaks", False)
+    hub.breaks_commits, hub.refuses_cards = settings.get("breaks", False), settings.get("refused", False)
     with pytest.raises(SystemExit, match=message) as failure:
         main([f"--model={runs['classifier']}", f"--repo-id={settings.get('repo_id', 'me/it')}"])
     output = "".join([*capsys.readouterr(), str(failure.value)])
@@ -595,6 +605,63 @@ def test_wrong_model_folders(tmp_path, runs, monkeypatch):
     repository = tmp_path / "outputs" / "hub" / "me" / "it"
     assert Image.open(repository / "example.png").size == (30, 20)
     assert ModelCard.load(repository / "README.md").data.license == "mit"
+    # What cannot be written leaves what was there.
+    (tmp_path / "bad").mkdir()
+    shutil.copytree(run, tmp_path / "bad", dirs_exist_ok=True)
+    (tmp_path / "bad" / "eval_results.json").write_text('{"eval_accuracy": 0.99}')
+    with pytest.raises(SystemExit, match="does not say which weights it is of"):
+        main(["--model=bad", "--repo-id=me/it", "--dry-run"])
+    assert ModelCard.load(repository / "README.md").data.license == "mit"
+    assert [path.name for path in repository.parent.iterdir()] == ["it"]
+
+
+def test_license_is_that_of_the_training(tmp_path, runs, monkeypatch, capsys):
+    """Of a model that was trained from another, it is not guessed."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs["classifier"], "run")
+    record = json.loads(Path("run/training_record.json").read_text())
+    Path("run/training_record.json").write_text(json.dumps(record | {"base_model": "someone/base"}))
+    flags = ["--model=run", "--repo-id=me/it", "--dry-run"]
+
+    def license() -> str | None:
+        main(flags)
+        return ModelCard.load("outputs/hub/me/it/README.md").data.license
+
+    assert license() is None and "README.md names no license" in capsys.readouterr().out
+    Path("run/README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    assert license() == "cc-by-nc-4.0"
+    flags.append("--license=mit")
+    assert license() == "mit"
+
+
+class Pictures(list):
+    """As much of a data set as the cards ask for."""
+
+    boxes = classes = ()
+
+    def __init__(self, class_names: list[str]):
+        self.class_names = class_names
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "backbone"])
+def test_card_of_a_training(kind, tmp_path):
+    """Names of classes are text, of many the first are named, and no folder of this machine is."""
+    script = {
+        "classifier": run_image_classification,
+        "detector": run_object_detection,
+        "semantic": run_semantic_segmentation,
+        "universal": run_universal_segmentation,
+    }[kind]
+    names = ["<pad>", "<img src=x>", *(f"class {number}" for number in range(30))]
+    model, data = build(kind), Pictures(names)
+    model.config.label_ids_to_fuse = [1]
+    more = [names] if kind == "classifier" else []
+    arguments = ModelArguments(model_name_or_path=str(tmp_path))
+    paragraphs = script.card_paragraphs(arguments, model, {"train": data}, *more, [])
+    card = render_model_card(model, "me/it", TrainingRecord(**paragraphs))
+    assert "&lt;pad&gt;, &lt;img src=x&gt;, class 0" in card.text and "<img" not in card.text
+    assert "class 17 and 12 more" in card.text and "class 18" not in card.text
+    assert f"fine-tuned from `{tmp_path.name}`." in card.text and str(tmp_path.parent) not in card.text
 
 
 def test_a_repository_is_not_its_own_model(tmp_path, runs, monkeypatch):

@@ -139,16 +139,27 @@ def test_classifier_of_any_batch_in_8_bit(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("batch_sizes, batch", [((1,), 1), pytest.param((1, 3), "'.*'", marks=pytest.mark.slow)])
-def test_detector_and_its_average_precision(batch_sizes, batch, tmp_path, capsys):
+def test_detector_and_its_average_precision(batch_sizes, batch, tmp_path, capsys, monkeypatch):
     processor = DeformableDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 64})
     model = save(ClusterFormerForObjectDetection, tmp_path / "model", processor)
     scenes = write_digit_scenes(tmp_path / "scenes", num_train=1, num_test=3, size=64)
     flags = [f"--model={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}", "--rounds=1"]
     if len(batch_sizes) > 1:
         flags.append("--dynamic=batch")
+    detections, average_precision = [], export_onnx.average_precision
+
+    def keep(truth, results):
+        detections.append(results)
+        return average_precision(truth, results)
+
+    monkeypatch.setattr(export_onnx, "average_precision", keep)
     main([*flags, f"--dataset_name={scenes}", "--images", str(scenes / "test" / "000001.png")])
     found = re.search(r"AP on .*: PyTorch (\S+), ONNX (\S+)", capsys.readouterr().out)
     assert 0 <= float(found[1]) <= 1 and float(found[2]) == pytest.approx(float(found[1]), abs=1e-3)
+    # The model is not trained, so its AP alone says little.
+    expected, found = ([[row["image_id"], row["score"], *row["bbox"]] for row in rows] for rows in detections)
+    assert len(expected) > 10
+    np.testing.assert_allclose(sorted(found), sorted(expected), atol=1e-2, rtol=1e-3)
     for batch_size in batch_sizes:
         assert_same(model, tmp_path / "out" / "model.onnx", torch.randn(batch_size, 3, 64, 64))
     graph = export_onnx.OnnxModel(tmp_path / "out" / "model.onnx", None)
