@@ -292,6 +292,13 @@ def pixel_mask_from_sizes(sizes: torch.Tensor | None, map_size: tuple[int, int])
     return (rows[:, :, None] & columns[:, None])[..., None]
 
 
+class ClusterFormerQuery(nn.Linear):
+    """Centres to queries, in the centres' dtype, which may exceed the weights'."""
+
+    def forward(self, centers: torch.Tensor) -> torch.Tensor:
+        return F.linear(centers, self.weight.to(centers.dtype), self.bias.to(centers.dtype))
+
+
 class ClusterFormerRecurrentClustering(nn.Module):
     """
     Recurrent cross-attention clustering and feature dispatching (Eq. 3, 5 and 6), for each head on its own channels.
@@ -309,27 +316,42 @@ class ClusterFormerRecurrentClustering(nn.Module):
         self.center_fc1 = nn.Linear(head_dim, head_dim)  # Eq. 5, shared by the heads
         self.center_fc2 = nn.Linear(head_dim, head_dim)
         self.activation = nn.GELU()
-        self.query = nn.Linear(head_dim, head_dim)
+        self.query = ClusterFormerQuery(head_dim, head_dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.projection = nn.Linear(dim, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(self.num_heads, 1, 1))  # log of the temperature
         self.spatial_weight = nn.Parameter(torch.empty(self.num_heads, 1, 1)) if config.spatial_clustering else None
 
-    def forward(self, features: torch.Tensor, geometry: StageGeometry) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def forward(
+        self,
+        features: torch.Tensor,
+        geometry: StageGeometry,
+        output_assignments: bool = False,
+        output_sample_assignments: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             features (`torch.Tensor` of shape `(batch, height, width, dim)`): Normed feature map.
             geometry (`StageGeometry`): Positions, pooling and masks of the stage.
+            output_assignments, output_sample_assignments (`bool`): Whether to return them.
 
         Returns:
-            The update of the map, in its shape, and the final clusters: centres (batch, heads, K, d), means and
-            variances (batch, heads, 2, K) of their positions in [0, 1].
+            The update of the map, in its shape, and the assignments (batch, heads, N, K) of its pixels and of those of
+            its sample to the final clusters.
         """
         clusters = self.cluster(features, geometry)
-        return self.dispatch(features, clusters[0], geometry), clusters
+        assignments = self.assign(features, clusters, geometry, sampled=False) if output_assignments else None
+        sample_assignments = None
+        if output_sample_assignments:
+            is_whole = output_assignments and geometry.ratio == 1
+            sample_assignments = assignments if is_whole else self.assign(features, clusters, geometry, sampled=True)
+        return self.dispatch(features, clusters[0], geometry), assignments, sample_assignments
 
     def cluster(self, features, geometry) -> tuple[torch.Tensor, ...]:
-        """Centres from the pooled map (Eq. 5), then T E- and M-steps on its sample (Eq. 3)."""
+        """
+        Centres from the pooled map (Eq. 5), then T E- and M-steps on its sample (Eq. 3): the final centres (batch,
+        heads, K, d), means and variances (batch, heads, 2, K) of their positions in [0, 1].
+        """
         sample = geometry.sample(features)
         keys_values = self.key_value(sample.flatten(1, 2)).unflatten(-1, (2, self.num_heads, -1))
         centers = split_heads(geometry.pool(sample), self.num_heads).contiguous()
@@ -338,22 +360,20 @@ class ClusterFormerRecurrentClustering(nn.Module):
         with maybe_autocast(features.device.type, enabled=False):
             # Contiguous, or the products of every iteration would copy them again.
             keys, values = keys_values.to(geometry.dtype).permute(2, 0, 3, 1, 4).contiguous().unbind()
-            keys, weights = F.normalize(keys, dim=-1), self.expectation_weights(geometry.dtype)
+            keys = F.normalize(keys, dim=-1)
             clusters = centers.to(geometry.dtype), geometry.mean.mT, geometry.variance.mT
             for _ in range(self.num_iterations):
-                sums = sum_pixels(keys, values, *self.expectation_inputs(clusters, weights, geometry, sampled=True))
+                sums = sum_pixels(keys, values, *self.expectation_inputs(clusters, geometry, sampled=True))
                 clusters = maximization(sums, geometry.sample_positions, geometry.sample_extent)
         return clusters
 
-    def expectation_weights(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
-        """Query weight and bias, temperature and spatial weight in the E-step's dtype, which may exceed theirs."""
-        spatial_weight = None if self.spatial_weight is None else F.softplus(self.spatial_weight.to(dtype))
-        return self.query.weight.to(dtype), self.query.bias.to(dtype), self.logit_scale.to(dtype).exp(), spatial_weight
-
-    def expectation_inputs(self, clusters, weights, geometry, sampled: bool) -> tuple:
+    def expectation_inputs(self, clusters, geometry, sampled: bool) -> tuple:
         """What [`expectation`] takes beside the keys: queries, Gaussian tables and the mask of real pixels."""
-        (centers, *place), (query_weight, query_bias, temperature, spatial_weight) = clusters, weights
-        queries = F.linear(centers, query_weight, query_bias)
+        centers, *place = clusters
+        temperature, spatial_weight = self.logit_scale.to(geometry.dtype).exp(), None
+        if self.spatial_weight is not None:
+            spatial_weight = F.softplus(self.spatial_weight.to(geometry.dtype))
+        queries = self.query(centers)
         queries = queries * (temperature / torch.linalg.vector_norm(queries, dim=-1, keepdim=True).clamp_min(MIN_NORM))
         positions = geometry.sample_positions if sampled else geometry.positions(sampled=False)
         tables = gaussian_tables(place, positions, spatial_weight, geometry.center_mask)
@@ -363,12 +383,10 @@ class ClusterFormerRecurrentClustering(nn.Module):
     def assign(self, features, clusters, geometry: StageGeometry, sampled: bool) -> torch.Tensor:
         """One E-step of the (sampled) map with the given clusters: (batch, heads, N, K), zero at padded pixels."""
         features = geometry.sample(features) if sampled else features
-        weight, bias = self.key_value.weight.chunk(2)[0], self.key_value.bias.chunk(2)[0]
-        keys = F.linear(features.flatten(1, 2), weight, bias)
+        keys = self.key_value(features.flatten(1, 2)).chunk(2, dim=-1)[0]
         with maybe_autocast(features.device.type, enabled=False):
             keys = F.normalize(split_heads(keys, self.num_heads).to(geometry.dtype), dim=-1)
-            weights = self.expectation_weights(geometry.dtype)
-            return expectation(keys, *self.expectation_inputs(clusters, weights, geometry, sampled))
+            return expectation(keys, *self.expectation_inputs(clusters, geometry, sampled))
 
     def dispatch(self, features: torch.Tensor, centers: torch.Tensor, geometry: StageGeometry) -> torch.Tensor:
         """
@@ -380,13 +398,25 @@ class ClusterFormerRecurrentClustering(nn.Module):
             directions = directions * (geometry.center_mask.mT == 0).to(centers.dtype)
         mixing = (directions.mT @ centers / geometry.num_centers).to(features.dtype)
         pixels = F.normalize(features.unflatten(-1, (self.num_heads, -1)), dim=-1).flatten(1, 2)
-        if pixels.shape[1] > features.shape[-1]:
-            # Many pixels: fold the projection in, (heads, d, d) x (heads, d, dim), and pass over them once.
-            projection = self.projection.weight.mT.unflatten(0, (self.num_heads, -1))
-            update = pixels.flatten(2) @ (mixing @ projection).flatten(1, 2)
+        if pixels.shape[1] > features.shape[-1] * self.num_heads:
+            # Many pixels: project the heads' matrices, side by side on a diagonal, and pass over the pixels once.
+            diagonal = torch.eye(self.num_heads, device=mixing.device, dtype=mixing.dtype)[:, None, :, None]
+            update = pixels.flatten(2) @ self.projection((mixing[:, :, :, None] * diagonal).flatten(3).flatten(1, 2))
         else:
             update = self.projection((pixels.transpose(1, 2) @ mixing).transpose(1, 2).flatten(2))
         return update.unflatten(1, features.shape[1:3])
+
+
+class ClusterFormerReleasedQuery(nn.Conv2d):
+    """A 1x1 convolution, computed as one product for each group."""
+
+    def __init__(self, head_dim: int):
+        super().__init__(head_dim, head_dim, kernel_size=1)
+
+    def forward(self, centers: torch.Tensor) -> torch.Tensor:
+        """(groups, d, K) in the same shape."""
+        weight = self.weight.flatten(1).expand(len(centers), -1, -1)
+        return torch.baddbmm(self.bias[:, None], weight, centers)
 
 
 class ClusterFormerReleasedClustering(nn.Module):
@@ -411,7 +441,7 @@ class ClusterFormerReleasedClustering(nn.Module):
         self.point = nn.Conv2d(dim, self.num_heads * head_dim, kernel_size=1)
         self.key = nn.Conv2d(dim, self.num_heads * head_dim, kernel_size=1)
         self.value = nn.Conv2d(dim, self.num_heads * head_dim, kernel_size=1)
-        self.query = nn.Conv2d(head_dim, head_dim, kernel_size=1)  # without effect in `release_flash`
+        self.query = ClusterFormerReleasedQuery(head_dim)  # without effect in `release_flash`
         self.projection = nn.Conv2d(self.num_heads * head_dim, dim, kernel_size=1)
         self.sim_alpha = nn.Parameter(torch.ones(1))
         self.sim_beta = nn.Parameter(torch.zeros(1))
@@ -484,14 +514,13 @@ class ClusterFormerReleasedClustering(nn.Module):
         if self.num_iterations == 0:  # asked for by `cluster_iterations` only
             return self.pool(points, pooling)
         num_groups, head_dim = points.shape[:2]
-        weight, bias = self.query.weight.flatten(1).expand(num_groups, -1, -1), self.query.bias[:, None]
         if keeps_released_order(points) or pooling is None:
-            queries = torch.baddbmm(bias, weight, self.pool(points, pooling))
+            queries = self.query(self.pool(points, pooling))
         else:  # fewer pixels than centres: project these
-            queries = self.pool(torch.baddbmm(bias, weight, points.flatten(2)), pooling)
+            queries = self.pool(self.query(points.flatten(2)), pooling)
         centers = None
         for _ in range(self.num_iterations):
-            queries = queries if centers is None else torch.baddbmm(bias, weight, centers)
+            queries = queries if centers is None else self.query(centers)
             queries = queries.reshape(num_groups, -1, head_dim)
             if keeps_released_order(points):
                 assignments = (queries @ keys.mT).softmax(dim=-2)

@@ -63,11 +63,11 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
             The E- and M-steps of a stage run on the map averaged over cells of this many pixels a side; all pixels are
             dispatched to. Defaults to `[4, 2, 1, 1]` with `"recurrent"` and to ones with the released forms.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the feed-forward networks.
+            Activation of the feed-forward networks of blocks and decoder layers. That of Eq. 5 is GELU.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth of the last block; grows linearly over the blocks.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
-            Dropout after the activation and the output of the feed-forward networks.
+            Dropout after the activation and the output of the feed-forward networks of the blocks.
         layer_scale_init_value (`float`, *optional*, defaults to 1.0):
             First value of the scales of both residual branches. The released code uses 1e-5.
         layer_norm_eps (`float`, *optional*, defaults to 1e-05):
@@ -94,7 +94,8 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
         mask_feature_size (`int`, *optional*, defaults to 64):
             Channels of the pixels that masks are read from. Masks are also read from position, so few are enough.
         auxiliary_loss (`bool`, *optional*, defaults to `True`):
-            Whether every decoder layer is trained, not the last alone.
+            Whether every decoder layer is trained, not the last alone. Without it the earlier layers' heads of the
+            detector get no gradient (`find_unused_parameters` in distributed training).
         class_cost, bbox_cost, giou_cost (`float`, *optional*, defaults to 2, 5 and 2):
             Weights of the detection matcher.
         class_loss_coefficient, bbox_loss_coefficient, giou_loss_coefficient (`float`, defaults to 2, 5 and 2):
@@ -110,7 +111,8 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
         oversample_ratio, importance_sample_ratio (`float`, *optional*, defaults to 3.0 and 0.75):
             Sampling of these points, as in Mask2Former.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
-            Label of pixels that take no part in the semantic loss.
+            Label of pixels of no class. As in Mask2Former they are in no mask, so the mask of a class is to leave them
+            out.
 
     Example:
 
@@ -184,6 +186,9 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        # What follows from the fields is not taken from a saved config, whose fields may have been changed.
+        for name in ("num_hidden_layers", "stage_names"):
+            kwargs.pop(name, None)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

@@ -32,6 +32,7 @@ from .clustering_clusterformer import (
     MAX_EXTENT,
     MIN_EXTENT,
     MIN_MASS,
+    ClusterFormerQuery,
     StageGeometry,
     expectation,
     split_heads,
@@ -142,9 +143,10 @@ class ClusterFormerPyramidEmbeddings(nn.Module):
 
     def forward(self, geometry: PyramidGeometry) -> torch.Tensor:
         """Returns `(1 or batch, N, decoder_hidden_size)`."""
-        dtype, dim = self.level.weight.dtype, self.level.weight.shape[1]
+        dtype, dim = self.level.weight.dtype, self.level.embedding_dim
+        levels = self.level(torch.arange(self.level.num_embeddings, device=geometry.positions[0][0].device))
         embeddings = []
-        for positions, level in zip(geometry.positions, self.level.weight):
+        for positions, level in zip(geometry.positions, levels):
             rows, columns = (sine_embedding(position, dim // 2).to(dtype) for position in positions)
             shape = (-1, rows.shape[1], columns.shape[1], -1)
             grid = torch.cat([rows[:, :, None].expand(shape), columns[:, None].expand(shape)], dim=-1)
@@ -171,7 +173,7 @@ class ClusterFormerPyramidClustering(nn.Module):
         head_dim = dim // self.num_heads
         self.num_iterations = config.decoder_num_iterations
         self.center = nn.Linear(dim, dim)
-        self.query = nn.Linear(head_dim, head_dim)  # shared by the heads and the iterations
+        self.query = ClusterFormerQuery(head_dim, head_dim)  # shared by the heads and the iterations
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
         self.projection = nn.Linear(dim, dim)
@@ -227,8 +229,7 @@ class ClusterFormerPyramidClustering(nn.Module):
 
     def queries(self, centers) -> torch.Tensor:
         """Unit queries of the centres, (batch, heads, K, d), times the temperature."""
-        queries = F.linear(centers, self.query.weight.to(centers.dtype), self.query.bias.to(centers.dtype))
-        return F.normalize(queries, dim=-1) * self.logit_scale.to(centers.dtype).exp()
+        return F.normalize(self.query(centers), dim=-1) * self.logit_scale.to(centers.dtype).exp()
 
     def gaussians(self, mean, variance, geometry, center_mask) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """

@@ -99,7 +99,7 @@ def detection_loss(
 
     Returns:
         The weighted sum, and its parts before weighting: `loss_ce`, `loss_bbox`, `loss_giou`, with `_0`, `_1`, ... for
-        the auxiliary predictions.
+        the auxiliary predictions. NaN and no parts where a prediction is not finite.
     """
     matcher = DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
     criterion = ClusterFormerBoxLoss(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes"])
@@ -111,8 +111,11 @@ def detection_loss(
     device = outputs[0]["logits"].device
     with maybe_autocast(device.type, enabled=False):
         outputs = [{name: tensor.float() for name, tensor in output.items()} for output in outputs]
+        diverged = [tensor.sum() for output in outputs for tensor in output.values() if not tensor.isfinite().all()]
+        if diverged:  # the matcher would blame the boxes' format
+            return sum(diverged) * torch.nan, {}
         labels = [
-            {"class_labels": label["class_labels"].to(device), "boxes": label["boxes"].to(device).float()}
+            {"class_labels": label["class_labels"].to(device).long(), "boxes": label["boxes"].to(device).float()}
             for label in labels
         ]
         loss_dict = criterion({**outputs[0], "auxiliary_outputs": outputs[1:]}, labels)
@@ -144,7 +147,7 @@ def check_detection_labels(labels, batch_size: int, num_labels: int):
 
 
 def _check_classes(classes: torch.Tensor, i: int, num_labels: int):
-    if classes.ndim != 1 or classes.is_floating_point():
+    if classes.ndim != 1 or classes.is_floating_point() or classes.dtype == torch.bool:
         raise ValueError(
             f"`labels[{i}]['class_labels']` must hold integers in one dimension, got {classes.dtype} of shape "
             f"{tuple(classes.shape)}."
@@ -268,8 +271,8 @@ def segmentation_loss(
             final prediction first, then the auxiliary ones.
         mask_labels (`list[torch.Tensor]`): For each image (n, H, W) in [0, 1], all images of one H and W.
         class_labels (`list[torch.Tensor]`): For each image (n,) int64.
-        training (`bool`): Outside training the random numbers go back to where they were, so that a loss is the same
-            each time and evaluation leaves no trace in training.
+        training (`bool`): Outside training the random numbers go back to where they were, so that evaluation leaves no
+            trace in training.
 
     Returns:
         The weighted sum, and its parts before weighting: `loss_cross_entropy`, `loss_mask`, `loss_dice`, with `_0`,

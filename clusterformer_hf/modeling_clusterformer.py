@@ -91,14 +91,16 @@ class ClusterFormerModelOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, channels, height / 32, width / 32)`):
             The last stage's feature map.
         pooler_output (`torch.FloatTensor` of shape `(batch_size, channels)`):
-            The last stage's normed centres, averaged with their masses as weights.
+            The centres of the last stage's normed map, averaged with their masses as weights, which is the mean of its
+            pixels.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*, returned when `output_hidden_states=True`):
             Five maps of shape `(batch_size, channels, height, width)`: the stem's, then each stage's.
         cluster_centers (`tuple[torch.FloatTensor]`):
             For each stage the centres, `(batch_size, K, channels)`: the stage's output averaged under the final
             assignments, each head its own channels. Centre number k covers a cell of the centre grid at first, row by
             row. Zero where a centre has no pixels. An attribute only, and no entry of the output as a dict or tuple,
-            unless `output_cluster_assignments=True`: batched pipelines index every entry by image.
+            unless `output_cluster_assignments=True`: batched pipelines index every entry by image. What copies outputs
+            entry by entry, as accelerate does in mixed precision, leaves an attribute out.
         cluster_assignments (`tuple[torch.FloatTensor]`, *optional*, returned when `output_cluster_assignments=True`):
             For each stage `(batch_size, heads, K, height, width)`: the share of every pixel in every cluster. Sums to
             1 over K at real pixels and is 0 at padded ones.
@@ -121,7 +123,8 @@ class ClusterFormerObjectDetectionOutput(ModelOutput):
         logits (`torch.FloatTensor` of shape `(batch_size, K, num_labels)`):
             Scores of each centre before a sigmoid; there is no class for "no object".
         pred_boxes (`torch.FloatTensor` of shape `(batch_size, K, 4)`):
-            Box of each centre as (center_x, center_y, width, height) in [0, 1] of the image's real area.
+            Box of each centre as (center_x, center_y, width, height) in [0, 1] of the image's real area. In float32 or
+            better whatever the model's dtype: bfloat16 would round a corner by pixels.
         auxiliary_outputs (`list[dict[str, torch.FloatTensor]]`, *optional*, returned when `labels` is given):
             `logits` and `pred_boxes` of the encoder's centres and of every decoder layer but the last.
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, K, decoder_hidden_size)`): The final centres.
@@ -360,10 +363,24 @@ class ClusterFormerLayer(GradientCheckpointingLayer):
         self.layer_scale2 = nn.Parameter(torch.empty(dim))
         self.drop_path = ClusterFormerDropPath(drop_path)
 
-    def forward(self, hidden_states: torch.Tensor, geometry: StageGeometry) -> tuple[torch.Tensor, tuple]:
-        """Maps (batch, channels, height, width), channels last in memory; returns the map and the final clusters."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        geometry: StageGeometry,
+        output_assignments: bool = False,
+        output_sample_assignments: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Maps (batch, channels, height, width), channels last in memory; returns the map and what else
+        [`ClusterFormerRecurrentClustering.forward`] returns.
+        """
         hidden_states = self.position_encoding(hidden_states, geometry).permute(0, 2, 3, 1)
-        update, clusters = self.clustering(self.norm1(hidden_states), geometry)
+        update, assignments, sample_assignments = self.clustering(
+            self.norm1(hidden_states),
+            geometry,
+            output_assignments=output_assignments,
+            output_sample_assignments=output_sample_assignments,
+        )
         hidden_states = torch.addcmul(hidden_states, self.drop_path(update), self.layer_scale1)
         if runs_eagerly_on_cpu(hidden_states) and not torch.is_grad_enabled() and not self.training:
             for pixels in hidden_states.view(-1, hidden_states.shape[-1]).split(FEED_FORWARD_CHUNK):
@@ -371,12 +388,8 @@ class ClusterFormerLayer(GradientCheckpointingLayer):
         else:
             update = self.mlp(self.norm2(hidden_states))
             hidden_states = torch.addcmul(hidden_states, self.drop_path(update), self.layer_scale2)
-        return hidden_states.permute(0, 3, 1, 2), clusters
-
-    def assign(self, hidden_states, clusters, geometry: StageGeometry, sampled: bool) -> torch.Tensor:
-        """Assignments (batch, heads, N, K) of the block's input map to its final clusters."""
-        hidden_states = self.position_encoding(hidden_states, geometry).permute(0, 2, 3, 1)
-        return self.clustering.assign(self.norm1(hidden_states), clusters, geometry, sampled)
+        # No tuple in the tuple: reentrant checkpointing gives no gradient to what is inside.
+        return hidden_states.permute(0, 3, 1, 2), assignments, sample_assignments
 
 
 class ClusterFormerReleasedMLP(nn.Module):
@@ -480,20 +493,18 @@ class ClusterFormerStage(nn.Module):
         """
         hidden_states = self.downsample(hidden_states).contiguous(memory_format=torch.channels_last)
         geometry = StageGeometry(hidden_states.shape[-2:], self.center_grid, self.sr_ratio, sizes, hidden_states)
-        for layer in self.layers:
-            inputs = hidden_states
-            hidden_states, clusters = layer(hidden_states, geometry)
+        for layer in self.layers[:-1]:
+            hidden_states, *_ = layer(hidden_states, geometry)
+        hidden_states, assignments, sample_assignments = self.layers[-1](
+            hidden_states, geometry, output_cluster_assignments, output_cluster_centers
+        )
         if geometry.mask is not None:
             hidden_states = hidden_states * geometry.mask.permute(0, 3, 1, 2).to(hidden_states.dtype)
 
-        centers, assignments = None, None
-        if output_cluster_assignments:
-            assignments = layer.assign(inputs, clusters, geometry, sampled=False)
+        centers = None
         if output_cluster_centers:
-            whole = output_cluster_assignments and self.sr_ratio == 1
-            sampled = assignments if whole else layer.assign(inputs, clusters, geometry, sampled=True)
             sample = geometry.sample(hidden_states.permute(0, 2, 3, 1)).flatten(1, 2)
-            centers = mean_under_assignments(sample, sampled)
+            centers = mean_under_assignments(sample, sample_assignments)
         if output_cluster_assignments:
             assignments = assignments.mT.unflatten(-1, hidden_states.shape[-2:])
         return hidden_states, centers, assignments
@@ -527,7 +538,12 @@ class ClusterFormerReleasedStage(ClusterFormerStage):
 
 
 def mean_under_assignments(features: torch.Tensor, assignments: torch.Tensor) -> torch.Tensor:
-    """Means of (batch, N, channels) under (batch, heads, N, K), each head its own channels: (batch, K, channels)."""
+    """
+    Means of (batch, N, channels) under (batch, heads, N, K), each head its own channels: (batch, K, channels). Where
+    heads do not divide the channels, as in released forms with a `head_dim`, of all heads together.
+    """
+    if features.shape[-1] % assignments.shape[1] != 0:
+        assignments = assignments.mean(dim=1, keepdim=True)
     pixels = split_heads(features, assignments.shape[1]).to(assignments.dtype)
     mass = assignments.sum(dim=2)[..., None].clamp_min(MIN_MASS)
     centers = assignments.mT @ pixels / mass
@@ -544,7 +560,13 @@ class ClusterFormerPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    _no_split_modules = ["ClusterFormerLayer", "ClusterFormerReleasedLayer", "ClusterFormerEmbeddings"]
+    # The blocks of a stage, and the layers of the decoder, share where their pixels lie.
+    _no_split_modules = [
+        "ClusterFormerEmbeddings",
+        "ClusterFormerStage",
+        "ClusterFormerReleasedStage",
+        "ClusterFormerDecoder",
+    ]
     _can_record_outputs = {"hidden_states": ClusterFormerStage}
 
     @torch.no_grad()
@@ -588,22 +610,22 @@ class ClusterFormerEncoder(ClusterFormerPreTrainedModel):
         self,
         hidden_states: torch.Tensor,
         sizes: torch.Tensor | None = None,
-        output_cluster_centers: bool = False,
+        num_center_stages: int = 0,
         output_cluster_assignments: bool = False,
         **kwargs,
     ) -> ClusterFormerEncoderOutput:
+        """The last `num_center_stages` stages give their centres, which takes an E-step each."""
         cluster_centers, cluster_assignments = (), ()
         for stage_idx, stage in enumerate(self.stages):
             if stage_idx > 0 and sizes is not None:
                 sizes = (sizes + 1) // 2
-            hidden_states, centers, assignments = stage(
-                hidden_states, sizes, output_cluster_centers, output_cluster_assignments
-            )
+            gives_centers = len(self.stages) - stage_idx <= num_center_stages
+            hidden_states, centers, assignments = stage(hidden_states, sizes, gives_centers, output_cluster_assignments)
             cluster_centers += (centers,)
             cluster_assignments += (assignments,)
         return ClusterFormerEncoderOutput(
             last_hidden_state=hidden_states,
-            cluster_centers=cluster_centers if output_cluster_centers else None,
+            cluster_centers=cluster_centers if num_center_stages > 0 else None,
             cluster_assignments=cluster_assignments if output_cluster_assignments else None,
         )
 
@@ -669,8 +691,8 @@ class ClusterFormerModel(ClusterFormerPreTrainedModel):
     """
     The ClusterFormer encoder without a head on top.
 
-    `pooler_output` reads the last stage's centres, each normed and weighted by its mass. Since the assignments of a
-    pixel sum to one, this sum over the centres equals the mean over the pixels whatever the assignments, and is so
+    `pooler_output` reads the centres of the last stage's normed map, each weighted by its mass. Since the assignments
+    of a pixel sum to one, this sum over the centres equals the mean over the pixels whatever the assignments, and is so
     computed: the read-out loses nothing, and a linear head's output splits into one share for each cluster.
     """
 
@@ -710,7 +732,7 @@ class ClusterFormerModel(ClusterFormerPreTrainedModel):
             raise ValueError("You have to specify pixel_values")
         if output_cluster_assignments is None:
             output_cluster_assignments = getattr(self.config, "output_cluster_assignments", False)
-        output_cluster_centers = kwargs.pop("output_cluster_centers", True)
+        num_center_stages = kwargs.pop("num_center_stages", self.config.num_stages)
         sizes = real_sizes(pixel_mask, pixel_values)
         if self.config.clustering != "recurrent":
             check_released_input(self.config, pixel_values, sizes)
@@ -720,7 +742,7 @@ class ClusterFormerModel(ClusterFormerPreTrainedModel):
         encoder_outputs = self.encoder(
             hidden_states,
             map_sizes(sizes, self.config.patch_size),
-            output_cluster_centers=output_cluster_centers,
+            num_center_stages=num_center_stages,
             output_cluster_assignments=output_cluster_assignments,
             **kwargs,
         )
@@ -785,17 +807,16 @@ class ClusterFormerForImageClassification(ClusterFormerPreTrainedModel):
             pixel_values,
             pixel_mask,
             output_cluster_assignments,
-            output_cluster_centers=output_cluster_assignments,
+            num_center_stages=self.config.num_stages if output_cluster_assignments else 0,
             output_hidden_states=read_stages or output_hidden_states,
             **kwargs,
         )
         pooled = outputs.pooler_output
         if read_stages:
+            sizes = real_sizes(pixel_mask, pixel_values) if self.config.clustering == "recurrent" else None
             maps = list(enumerate(outputs.hidden_states))[1:-1]
-            pooled = [self.clusterformer.pool_stage(stage, hidden_state, None) for stage, hidden_state in maps] + [
-                pooled
-            ]
-            pooled = torch.cat(pooled, dim=-1)
+            means = [self.clusterformer.pool_stage(stage, hidden_state, sizes) for stage, hidden_state in maps]
+            pooled = torch.cat([*means, pooled], dim=-1)
         logits = self.classifier(pooled)
 
         loss = None
@@ -865,7 +886,7 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
             logits = head(centers)
             if decoded.surplus is not None:
                 logits = logits.masked_fill(decoded.surplus, SURPLUS_LOGIT)
-            predictions.append({"logits": logits, "pred_boxes": boxes.to(logits.dtype)})
+            predictions.append({"logits": logits, "pred_boxes": boxes})
         *auxiliary_outputs, final = predictions
 
         loss, loss_dict = None, None
@@ -981,7 +1002,8 @@ class ClusterFormerForSemanticSegmentation(ClusterFormerPreTrainedModel):
         Args:
             pixel_values, pixel_mask, output_cluster_assignments: See [`ClusterFormerModel.forward`].
             labels (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*):
-                The class of every pixel in `[0, num_labels)`, or `config.semantic_loss_ignore_index`.
+                The class of every pixel in `[0, num_labels)`, or `config.semantic_loss_ignore_index`, which is in the
+                mask of no class. Of the padded size, or smaller: then padded at the right and the bottom with that.
 
         Raises:
             `ValueError`: if the labels are of another form, naming the image and the values.
@@ -1012,7 +1034,10 @@ def decode(model, pixel_values, pixel_mask, output_cluster_assignments, kwargs) 
     """
     if output_cluster_assignments is None:
         output_cluster_assignments = getattr(model.config, "output_cluster_assignments", False)
-    outputs = model.clusterformer(pixel_values, pixel_mask, output_cluster_assignments, **kwargs)
+    num_center_stages = model.config.num_stages if output_cluster_assignments else 1
+    outputs = model.clusterformer(
+        pixel_values, pixel_mask, output_cluster_assignments, num_center_stages=num_center_stages, **kwargs
+    )
     sizes = real_sizes(pixel_mask, pixel_values)
     decoded = model.decoder(outputs.hidden_states[1:], outputs.cluster_centers[-1], sizes, output_cluster_assignments)
     return decoded, {

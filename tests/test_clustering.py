@@ -84,13 +84,13 @@ def naive_update(clustering, features, grid, num_iterations):
 
 @pytest.mark.parametrize("spatial_clustering", [True, False])
 @pytest.mark.parametrize("num_iterations", [1, 3])
-@pytest.mark.parametrize("size", [(5, 7), (3, 2)])  # more and fewer pixels than channels: both routes of the dispatch
+@pytest.mark.parametrize("size", [(7, 9), (3, 2)])  # many and few pixels: both routes of the dispatch
 def test_recurrent_clustering_equals_the_equations(size, num_iterations, spatial_clustering):
     torch.manual_seed(0)
     clustering = make_clustering(num_iterations=num_iterations, spatial_clustering=spatial_clustering)
     features = torch.randn(2, *size, 12, dtype=torch.float64)
     geometry = StageGeometry(size, (3, 2), 1, None, features)
-    update, _ = clustering(features, geometry)
+    update, *_ = clustering(features, geometry)
     expected = torch.stack([naive_update(clustering, image, (3, 2), num_iterations) for image in features])
     torch.testing.assert_close(update, expected, rtol=0, atol=1e-12)
 

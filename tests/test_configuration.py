@@ -43,6 +43,10 @@ def test_other_numbers_of_stages():
         depths=[1, 1], hidden_sizes=[8, 16], num_attention_heads=[1, 2], mlp_ratios=[2, 2.5], center_grid=[4, [2, 3]]
     )
     assert config.sr_ratios == [4, 2] and config.window_grid == [1, 1] and config.num_stages == 2
+    more = {name: getattr(config, name) * 2 for name in ("depths", "hidden_sizes", "num_attention_heads", "sr_ratios")}
+    more |= {name: getattr(config, name) * 2 for name in ("mlp_ratios", "center_grid", "window_grid")}
+    changed = ClusterFormerConfig.from_dict(config.to_dict() | more)
+    assert changed.stage_names[-1] == "stage4" and changed.num_hidden_layers == changed.num_stages == 4
 
 
 def test_save_and_load(tmp_path):

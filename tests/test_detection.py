@@ -207,6 +207,23 @@ def test_identical_boxes_and_boxes_at_the_border():
     assert torch.isfinite(nano_detector()(images(1, 3, 64, 64), labels=[label]).loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_classes_of_any_integer_type(dtype):
+    model, pixel_values, (label,) = nano_detector(), images(1, 3, 64, 64), targets(3)
+    expected = model(pixel_values, labels=[label]).loss
+    assert torch.equal(
+        model(pixel_values, labels=[label | {"class_labels": label["class_labels"].to(dtype)}]).loss, expected
+    )
+
+
+def test_predictions_that_are_not_finite_give_a_loss_that_is_none():
+    """And no message about the format of boxes; Trainer's check names the step."""
+    model = nano_detector().train()
+    outputs = model(images(1, 3, 64, 64) * math.inf, labels=targets(2))
+    outputs.loss.backward()
+    assert outputs.loss.isnan() and outputs.loss_dict == {}
+
+
 def test_the_box_loss_shapes_the_clusters():
     model = nano_detector().train()
     outputs = model(images(1, 3, 64, 64), labels=targets(3))
@@ -229,7 +246,8 @@ def test_autocast_is_finite_and_close(dtype):
     with torch.autocast("cpu", dtype):
         outputs = model(pixel_values, labels=labels)
     assert torch.isfinite(outputs.loss)
-    torch.testing.assert_close(outputs.pred_boxes.float(), expected.pred_boxes, rtol=0, atol=0.1)
+    assert outputs.pred_boxes.dtype == torch.float32  # 16 bits would round a box by pixels
+    torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, rtol=0, atol=0.1)
 
 
 def test_training_on_one_picture_finds_its_boxes():
@@ -269,6 +287,7 @@ def test_training_on_one_picture_finds_its_boxes():
         ({"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, math.nan, 0.2]])}, "0.5, nan, 0.2"),
         ({"class_labels": torch.tensor([1, 2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, r"shape \(2, 4\)"),
         ({"class_labels": torch.tensor([1.0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, "integers"),
+        ({"class_labels": torch.tensor([True]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, "integers.*bool"),
         ({"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, r"labels\[0\]` lacks class_labels"),
     ],
 )
@@ -304,16 +323,19 @@ def test_save_and_load_is_bit_exact(tmp_path):
     assert torch.equal(outputs.logits, again.logits) and torch.equal(outputs.pred_boxes, again.pred_boxes)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     gradients = []
     for checkpointing in (False, True):
         model = nano_detector().train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         model(images(2, 3, 64, 64), labels=targets(2, 1)).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            gradients[1][name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * gradient.abs().max().item()
+        )
 
 
 def test_compiled_without_a_break():

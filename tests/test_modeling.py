@@ -317,6 +317,22 @@ def test_half_precision_is_finite_and_close(dtype, kwargs):
         assert (logits - expected).abs().max() < tolerance * expected.abs().max()
 
 
+def test_released_heads_that_do_not_divide_the_channels():
+    model = ClusterFormerModel(nano_config(**RELEASED | {"num_attention_heads": [3, 3, 3, 3], "head_dim": 4}))
+    outputs = model(images(2, 3, 64, 64), output_cluster_assignments=True)
+    assert [tuple(centers.shape) for centers in outputs.cluster_centers] == [
+        (2, 9, channels) for channels in NANO["hidden_sizes"]
+    ]
+
+
+def test_padding_does_not_change_the_means_of_stages():
+    model, alone = nano_classifier(classifier_pooling="stages"), images(1, 3, 71, 50)
+    batch, mask = pad_into_batch(alone, (101, 128))
+    with torch.no_grad():
+        expected, actual = model(alone), model(batch, pixel_mask=mask)
+    torch.testing.assert_close(actual.logits[:1], expected.logits, rtol=0, atol=1e-5)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):

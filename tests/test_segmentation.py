@@ -335,17 +335,20 @@ def test_save_and_load_is_bit_exact(model_class, tmp_path):
         assert torch.equal(tensor, again[name])
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     gradients = []
     for checkpointing in (False, True):
         model = nano_model().train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         torch.manual_seed(2)
         model(images(2, 3, 64, 64), **segments(2, 1)).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            gradients[1][name], gradient, rtol=1e-3, atol=1e-5 + 1e-4 * gradient.abs().max().item()
+        )
 
 
 def test_compiled_without_a_break_and_exported():
