@@ -48,6 +48,7 @@ from transformers import (
 )
 
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForObjectDetection
+from clusterformer_hf.data.augmentation import random_numbers_from
 from clusterformer_hf.data.digit_scenes import Scene, load_digits, scene_at
 from clusterformer_hf.metrics.detection import average_precision
 
@@ -153,9 +154,10 @@ MODELS = {
 
 
 class Scenes(torch.utils.data.Dataset):
-    """Digit scenes in memory; `augmented` changes size, place and colours and is seeded by torch's random numbers."""
+    """Digit scenes in memory. An item is changed in size, place and colours, by `seed`, epoch and its index alone."""
 
     def __init__(self, split: str, number: int, size: int):
+        self.seed = self.epoch = 0
         digits, labels = load_digits(split)
         self.scenes = [scene_at(split, i, digits, labels, size=size) for i in range(number)]
         self.size = size
@@ -178,7 +180,8 @@ class Scenes(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         sample = dict(zip(("image", "boxes", "labels"), self._tensors(self.scenes[index])))
-        sample = self.augment(sample)
+        with random_numbers_from(self.seed, self.epoch, index):
+            sample = self.augment(sample)
         return self._normalise(sample["image"], sample["boxes"], sample["labels"])
 
     def _tensors(self, scene: Scene):
@@ -232,12 +235,13 @@ def train(name: str, seed: int, args: Arguments, train_scenes: Scenes, test_scen
     build, learning_rate, processor_class = MODELS[name]
     set_seed(seed)
     model = build(args.size)
+    train_scenes.seed = seed
     sampler = torch.utils.data.RandomSampler(train_scenes, generator=torch.Generator().manual_seed(seed))
     loader = torch.utils.data.DataLoader(
         train_scenes, args.batch_size, sampler=sampler, collate_fn=collate, drop_last=True
     )
     scores = partial(evaluate, model, processor_class(), test_scenes)
-    return model, learning_curve(model, loader, learning_rate, args, scores)
+    return model, learning_curve(model, loader, learning_rate, args, scores, partial(setattr, train_scenes, "epoch"))
 
 
 def main(args: list[str] | None = None):

@@ -28,6 +28,7 @@ file of finished runs that the table is made from.
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from learning_curves import ComparisonArguments, add_missing_runs, chosen_models, learning_curve, markdown
@@ -86,6 +87,9 @@ class Arguments(ComparisonArguments):
     def __post_init__(self):
         if self.output is None:
             self.output = Path(f"outputs/compare_segmenters_{self.task}.json")
+
+    def settings(self) -> dict:
+        return super().settings() | {"task": self.task}
 
 
 def clusterformer_config(size: int) -> ClusterFormerConfig:
@@ -191,7 +195,7 @@ def upernet(size: int) -> PreTrainedModel:
     return UperNetForSemanticSegmentation(config)
 
 
-# Model and learning rate: for the peers half of ours, as in the comparison of detectors.
+# Model and learning rate: half of ours for the peers with a Swin, as for the peers among the detectors.
 MODELS = {
     "panoptic": {
         "clusterformer": (clusterformer, 1e-3),
@@ -288,7 +292,9 @@ def main(args: list[str] | None = None):
     models = chosen_models(args, MODELS[args.task])
     scenes = args.scenes / f"{args.num_train}_{args.num_test}_{args.size}"
     if not scenes.exists():
-        write_digit_scenes(scenes, args.num_train, args.num_test, size=args.size)
+        args.scenes.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=args.scenes) as folder:  # what is there under its name is complete
+            write_digit_scenes(Path(folder, "scenes"), args.num_train, args.num_test, size=args.size).rename(scenes)
     data = {"panoptic": PanopticScenes, "semantic": SemanticScenes}[args.task](scenes, args.size)
     runs = add_missing_runs(models, args, lambda name, seed: train(name, seed, args, data))
     print(markdown(runs, METRICS[args.task]))

@@ -56,7 +56,8 @@ class ComparisonArguments:
 
     def settings(self) -> dict:
         """What runs must have in common to stand in one table."""
-        return {name: getattr(self, name) for name in ("cpu_minutes", "size", "num_train", "num_test", "batch_size")}
+        names = ("cpu_minutes", "size", "num_train", "num_test", "batch_size", "num_evaluations")
+        return {name: getattr(self, name) for name in names}
 
 
 def learning_curve(

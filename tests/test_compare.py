@@ -48,6 +48,18 @@ def test_runs_and_does_not_repeat_what_is_done(script, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.splitlines()[-3:] == table
 
 
+def test_semantic_task_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("compare_segmenters")
+    flags = ["--task", "semantic", "--models", "clusterformer", "segformer", "--scenes", str(tmp_path / "scenes")]
+    script.main([*FLAGS, *flags, "--output", str(tmp_path / "runs.json")])
+    runs = json.loads((tmp_path / "runs.json").read_text())
+    assert [run["model"] for run in runs] == ["clusterformer", "segformer"]
+    for run in runs:
+        assert run["curve"][-1]["samples"] >= 2 and 0 <= run["curve"][-1]["mIoU"] <= 1
+    assert capsys.readouterr().out.splitlines()[-4].startswith("| model | parameters | samples seen | seeds | mIoU |")
+
+
 def test_unknown_models_are_named(script):
     with pytest.raises(ValueError, match="yolo.*clusterformer"):
         script.main(["--models", "yolo"])
@@ -84,3 +96,21 @@ def test_peers_learn_from_every_layer(script):
             trained = [p for p in model.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
             assert torch.isfinite(loss), name
             assert len(trained) > 0.8 * len(list(model.parameters())), name
+
+
+def test_every_detector_sees_the_same_pictures(monkeypatch):
+    """Whatever random numbers its model drew before; in another epoch they are others."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    scenes = importlib.import_module("compare_detectors").Scenes("train", 4, 64)
+    first = scenes[3]["pixel_values"]
+    torch.rand(5)
+    assert torch.equal(scenes[3]["pixel_values"], first)
+    scenes.epoch = 1
+    assert not torch.equal(scenes[3]["pixel_values"], first)
+
+
+def test_runs_of_other_tasks_and_curves_are_not_mixed(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    arguments = importlib.import_module("compare_segmenters").Arguments
+    settings = [arguments(**fields).settings() for fields in ({}, {"task": "semantic"}, {"num_evaluations": 3})]
+    assert not any(one.items() <= other.items() for one in settings for other in settings if one is not other)
