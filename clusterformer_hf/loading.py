@@ -63,6 +63,11 @@ class ModelArguments:
         self.config_overrides = self.config_overrides or {}
 
     @property
+    def resizes(self) -> bool:
+        """Whether pictures of another size than the checkpoint's are asked for."""
+        return "image_size" in self.config_overrides
+
+    @property
     def loading(self) -> dict:
         """What every `from_pretrained` of the checkpoint takes."""
         return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
@@ -79,8 +84,9 @@ def load_config(args: ModelArguments) -> PreTrainedConfig:
     unknown = [name for name in args.config_overrides if not hasattr(config, name)]
     if unknown:
         raise ValueError(f"--config_overrides: {', '.join(unknown)} is no field of {type(config).__name__}.")
-    # Made anew, so that the fields are checked against each other.
-    return type(config).from_dict(config.to_dict() | args.config_overrides)
+    # Made anew, so that the fields are checked against each other and, of a new model, defaults follow from them.
+    fields = {} if args.model_name_or_path is None else config.to_dict()
+    return type(config).from_dict(fields | args.config_overrides)
 
 
 def load_model(auto_model: type, args: ModelArguments, config: PreTrainedConfig, do_train: bool) -> PreTrainedModel:
@@ -153,31 +159,55 @@ def load_image_processor(args: ModelArguments) -> BaseImageProcessor | None:
 
 
 def load_fitting_image_processor(
-    args: ModelArguments, config: PreTrainedConfig, fits: Callable, new: Callable
+    args: ModelArguments, config: PreTrainedConfig, fits: Callable | None, new: Callable
 ) -> BaseImageProcessor:
     """
-    The image processor that is named, or the checkpoint's if it is for the task, or a new one.
+    The image processor that is named; or the checkpoint's, if it is for the task and `args` ask for no other size; or a
+    new one, with the checkpoint's mean and standard deviation where only the size is another.
 
     Args:
-        fits: Whether an image processor is for the task.
-        new: Makes one from the config of a ClusterFormer.
+        fits: Whether an image processor is for the task; None if any is, and a new one suits any model.
+        new: Makes one from the config, of a ClusterFormer where not any is for the task.
 
     Raises:
-        `ValueError`: if the one that is named is for another task, or one would have to be made for another model.
+        `ValueError`: if the one that is named is for another task or contradicts the `image_size` of
+            `config_overrides`, or one would have to be made for another model.
     """
     image_processor = load_image_processor(args)
-    if image_processor is not None and fits(image_processor):
-        return image_processor
+    is_fitting = image_processor is not None and (fits is None or fits(image_processor))
     if args.image_processor_name is not None:
-        raise ValueError(
-            f"--image_processor_name {args.image_processor_name} holds a {type(image_processor).__name__}, which is "
-            "for another task."
-        )
-    if config.model_type != ClusterFormerConfig.model_type:
+        _check_named(args, image_processor, is_fitting)
+        return image_processor
+    if is_fitting and not args.resizes:
+        return image_processor
+    if fits is not None and config.model_type != ClusterFormerConfig.model_type:
         raise ValueError(f"A {config.model_type} model needs the image processor of its kind: --image_processor_name.")
-    if image_processor is not None:
+    made = new(config)
+    if is_fitting:
+        made.image_mean, made.image_std = image_processor.image_mean, image_processor.image_std
+        sizes = f"{dict(made.size)} is made; the checkpoint's is {dict(image_processor.size)}"
+        logger.warning(f"A new image processor of size {sizes}.")
+    elif image_processor is not None:
         logger.warning(f"A new image processor is made: {type(image_processor).__name__} is for another task.")
-    return new(config)
+    return made
+
+
+def _check_named(args: ModelArguments, image_processor: BaseImageProcessor, is_fitting: bool):
+    name = args.image_processor_name
+    if not is_fitting:
+        raise ValueError(
+            f"--image_processor_name {name} holds a {type(image_processor).__name__}, which is for another task."
+        )
+    if "image_size" not in args.config_overrides:
+        return
+    image_size = args.config_overrides["image_size"]
+    is_cropped = getattr(image_processor, "do_center_crop", False)
+    size = dict(image_processor.crop_size if is_cropped else image_processor.size)
+    if min(size.values()) != (image_size if isinstance(image_size, int) else min(image_size)):
+        raise ValueError(
+            f"--image_processor_name {name} makes pictures of the size {size}, --config_overrides says image_size "
+            f"{image_size}: leave out one of them."
+        )
 
 
 def proportional_size(config: PreTrainedConfig) -> dict[str, int]:

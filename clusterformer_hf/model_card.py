@@ -111,7 +111,7 @@ def render_model_card(
     task, template, auto_class = model_task(model)
     is_ours = model.config.model_type == ClusterFormerConfig.model_type
     record = record or TrainingRecord(describe(model), name_classes(model), "Nothing is recorded of its training.")
-    name, size = Path(location).name, model.config.image_size
+    name, size = Path(location).name, getattr(model.config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     values = {
         "height": height,

@@ -15,8 +15,10 @@
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -28,8 +30,11 @@ CONTRADICTIONS = [
     ("max_steps", "num_train_epochs"),
     ("total_train_batch_size", "gradient_accumulation_steps"),
     ("bf16", "fp16"),
-    ("dataset_name", "train_dir"),
-    ("dataset_name", "train_images"),
+    *(
+        ("dataset_name", f"{split}_{kind}")
+        for split in ("train", "validation")
+        for kind in ("dir", "images", "labels", "annotations", "segments")
+    ),
 ]
 # What `--smoke` changes in any recipe, unless a flag on the command line says otherwise.
 SMOKE_FLAGS = {
@@ -52,7 +57,7 @@ def parse_arguments(
     """
     Parses flags as [`HfArgumentParser`] does; a first argument that ends in .yaml, .yml or .json is a recipe.
 
-    A recipe is a mapping of flags without dashes to values. Flags behind it win.
+    A recipe is a mapping of flags without dashes to values. Flags behind it win, also over what contradicts them.
 
     Args:
         dataclass_types: The dataclasses to fill.
@@ -76,6 +81,7 @@ def parse_arguments(
     args = [arg for arg in args if not is_smoke or arg != "--smoke"]
     if args and Path(args[0]).suffix in (".yaml", ".yml", ".json"):
         recipe = _read_recipe(Path(args.pop(0)), flags)
+        recipe = _without_contradicted(recipe, parser, args)
         # Flags' defaults and not values, so that text is converted as on the command line: YAML reads 1e-4 as text.
         parser.set_defaults(**recipe)
     if is_smoke:
@@ -108,6 +114,16 @@ def _read_recipe(path: Path, flags: set[str]) -> dict:
         if recipe.get(one) and recipe.get(other):
             raise ValueError(f"The recipe {path} has both {one} and {other}, which contradict each other: keep one.")
     return recipe
+
+
+def _without_contradicted(recipe: dict, parser: HfArgumentParser, args: list[str]) -> dict:
+    """The recipe without what a flag on the command line contradicts."""
+    # Values that are there already are not filled with the parser's defaults.
+    given, _ = parser.parse_known_args(args, Namespace(**dict.fromkeys(chain(*CONTRADICTIONS))))
+    # -1 stands for no number of steps.
+    is_set = {name for name, value in vars(given).items() if value not in (None, False, -1)}
+    dropped = {other for pair in CONTRADICTIONS for one, other in (pair, pair[::-1]) if one in is_set}
+    return {name: value for name, value in recipe.items() if name not in dropped}
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -24,8 +24,9 @@ folders alone, of which a share is kept for validation; or a folder that `save_t
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
-from transformers import AutoModelForImageClassification, ConvNextImageProcessor, ViTImageProcessor
+from transformers import AutoModelForImageClassification, ConvNextImageProcessor, PreTrainedConfig, ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from clusterformer_hf import loading
@@ -61,9 +62,14 @@ class ModelArguments(loading.ModelArguments):
         default=None,
         metadata={
             "help": "A new image processor resizes the whole picture to a square; with this share it keeps the centre "
-            "of the picture, in its proportions, as is usual for ImageNet (0.875)."
+            "of the picture, in its proportions, as is usual for ImageNet (0.875). For an image_size below 384; of a "
+            "checkpoint's image processor it keeps only the mean and standard deviation."
         },
     )
+
+    @property
+    def resizes(self) -> bool:
+        return super().resizes or self.crop_pct is not None
 
 
 @dataclass
@@ -169,7 +175,8 @@ def load_shards(data_args: DataArguments, training_args: ClusterFormerTrainingAr
     given = [f"--{name}" for name in refused if getattr(data_args, name)]
     if given or data_args.dataset_name is None:
         raise ValueError(f"--streaming needs --dataset_name and takes no {', '.join(given or refused)}.")
-    found = find_shards(data_args.dataset_name, data_args.dataset_config_name)
+    columns = (data_args.image_column_name, data_args.label_column_name)
+    found = find_shards(data_args.dataset_name, data_args.dataset_config_name, *columns)
     splits = {}
     for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
         if wanted and split not in found:
@@ -195,20 +202,30 @@ def load_model(model_args: ModelArguments, class_names: list[str], do_train: boo
     return loading.load_model(AutoModelForImageClassification, model_args, config, do_train), class_ids
 
 
-def load_image_processor(model_args: ModelArguments, config):
-    """The image processor that was named, else the checkpoint's if it has one, else a new one for `image_size`."""
-    image_processor = loading.load_image_processor(model_args)
-    if image_processor is not None:
-        return image_processor
+def load_image_processor(model_args: ModelArguments, config: PreTrainedConfig):
+    """The image processor that was named, else the checkpoint's if it has the size, else a new one for `image_size`."""
+    new = partial(new_image_processor, crop_pct=model_args.crop_pct)
+    image_processor = loading.load_fitting_image_processor(model_args, config, None, new)
+    if model_args.crop_pct not in (None, getattr(image_processor, "crop_pct", None)):
+        raise ValueError(
+            f"--crop_pct {model_args.crop_pct} is for a new image processor; --image_processor_name "
+            f"{model_args.image_processor_name} names one: leave out one of them."
+        )
+    return image_processor
+
+
+def new_image_processor(config: PreTrainedConfig, crop_pct: float | None):
+    """One that makes the whole picture, or with `crop_pct` its centre, as large as `image_size`."""
     normalise = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     normalise["resample"] = PILImageResampling.BICUBIC
     size = config.image_size
-    if model_args.crop_pct is None:
+    if crop_pct is None:
         height, width = (size, size) if isinstance(size, int) else size
         return ViTImageProcessor(size={"height": height, "width": width}, **normalise)
-    if not isinstance(size, int):
-        raise ValueError(f"--crop_pct {model_args.crop_pct} needs a square image_size, got {size}.")
-    return ConvNextImageProcessor(size={"shortest_edge": size}, crop_pct=model_args.crop_pct, **normalise)
+    # From that size on ConvNextImageProcessor resizes the whole picture, whatever its `crop_pct`.
+    if not isinstance(size, int) or size >= 384:
+        raise ValueError(f"--crop_pct {crop_pct} needs a square image_size below 384, got {size}.")
+    return ConvNextImageProcessor(size={"shortest_edge": size}, crop_pct=crop_pct, **normalise)
 
 
 def card_paragraphs(model_args, model, splits, class_names: list[str], skipped: list[str]) -> dict[str, str]:

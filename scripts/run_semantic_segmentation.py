@@ -182,10 +182,10 @@ def main(args: list[str] | None = None):
 def find_class_names(data_args: DataArguments, config: PreTrainedConfig | None) -> list[str]:
     """From the file that is named or lies with the data; else the classes of the config, if there is one."""
     if data_args.class_names is not None:
-        return read_class_names(data_args.class_names)
+        return read_class_names(data_args.class_names, data_args.reduce_labels)
     folder = Path(data_args.dataset_name or "")
     if data_args.dataset_name is not None and any((folder / name).is_file() for name in CLASS_NAME_FILES):
-        return read_class_names(folder)
+        return read_class_names(folder, data_args.reduce_labels)
     if config is None:
         raise ValueError("Nothing names the classes: pass --class_names FILE, or put id2label.json into the folder.")
     return [config.id2label[label] for label in range(config.num_labels)]

@@ -222,6 +222,12 @@ BROKEN = {
     "text box": (changed("annotations", 1, bbox=["1", 2, 3, 4]), "annotations whose `bbox` is not four numbers: 2"),
     "nan": (changed("annotations", 1, bbox=[1, 2, float("nan"), 4]), "annotations whose `bbox` is not finite: 2"),
     "infinity": (changed("annotations", 2, bbox=[1, 2, float("inf"), 4]), "annotations whose `bbox` is not finite: 3"),
+    "list": (
+        content() | {"annotations": [[1]]},
+        "boxes.json: `annotations` must be objects, entries 0, counted from 0",
+    ),
+    "number": (changed("images", 1, file_name=5), "boxes.json: `file_name` in `images` must be text, entries 1"),
+    "list as id": (changed("annotations", 2, image_id=[5]), "`image_id` in `annotations` must be a number, entries 2"),
     "panoptic": (changed("annotations", 0, segments_info=[]), "`annotations` are panoptic segments"),
 }
 
@@ -291,6 +297,8 @@ def test_find_coco_splits(layout, tmp_path):
             file = tmp_path / "annotations" / f"instances_{name}.json"
             file.parent.mkdir(exist_ok=True)
         file.write_text("{}")
+    if layout != "beside":  # a file that no split needs
+        (file.parent / "instances_trainval2017.json").write_text("{}")
     splits = find_coco_splits(tmp_path)
     assert [(images.name, file.is_file()) for images, file in splits.values()] == [
         ("train2017", True),
@@ -378,7 +386,7 @@ def test_broken_object_columns():
     rows = object_rows([good, good], feature)
 
     def read(rows):
-        read_objects(DatasetDict(train=rows), "pets")
+        return read_objects(DatasetDict(train=rows), "pets")
 
     with pytest.raises(ValueError, match="pets has no column objects; it has image"):
         read(rows.remove_columns("objects"))
@@ -394,6 +402,10 @@ def test_broken_object_columns():
     ):
         with pytest.raises(ValueError, match=message):
             read(object_rows([good, bad], feature))
+    with pytest.raises(ValueError, match="pets, split train: lists in `objects` of image 1 differ .*'category': 1"):
+        read(object_rows([good, {"bbox": [[0, 0, 9, 9]] * 2, "category": [0]}], feature))
+    with_areas = object_rows([good | {"area": [7]}, good | {"area": None}], feature | {"area": List(Value("int64"))})
+    assert read(with_areas)["train"].areas.tolist() == [7, 81]
     twice = feature | {"id": List(Value("int64"))}
     with pytest.raises(ValueError, match="ids in `objects, image 0` that are there more than once: 6"):
         read(object_rows([{"bbox": [[0, 0, 9, 9]] * 2, "category": [0, 0], "id": [6, 6]}], twice))

@@ -61,6 +61,7 @@ from clusterformer_hf.data.segmentation_augmentation import (
     SegmentationEvalTransform,
     SegmentationTrainTransform,
 )
+from scripts.run_semantic_segmentation import DataArguments, find_class_names
 
 
 SEMANTIC_PROCESSOR = SegformerImageProcessor(size={"height": 32, "width": 48})
@@ -197,6 +198,12 @@ def test_more_classes_than_label_maps_can_have(tmp_path):
         read_train(tmp_path, [str(number) for number in range(256)])
 
 
+def test_classes_of_the_same_name(tmp_path):
+    write_pair(tmp_path, "a", ids(20, 30, 3))
+    with pytest.raises(ValueError, match="annotations/train: `categories` of the same name: wall"):
+        read_train(tmp_path, ["wall", "sky", "wall"])
+
+
 def test_pictures_and_label_maps_that_do_not_pair(tmp_path):
     write_pair(tmp_path, "a", ids(20, 30, 3))
     colours(9, 9).save(tmp_path / "images/train/b.png")
@@ -256,6 +263,10 @@ def test_class_names(tmp_path):
     (tmp_path / "id2label.json").unlink()
     with pytest.raises(ValueError, match="Nothing names the classes: there is no id2label.json"):
         read_class_names(tmp_path)
+    (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tName\n1\t0.2\twall\n2\t0.1\tbuilding, edifice\n")
+    assert read_class_names(tmp_path, reduce_labels=True) == ["wall", "building, edifice"]
+    with pytest.raises(ValueError, match="objectInfo150.txt counts classes from 1.* pass --reduce_labels"):
+        find_class_names(DataArguments(dataset_name=str(tmp_path)), None)
 
 
 def test_label_maps_of_the_datasets_library():
@@ -577,6 +588,10 @@ PANOPTIC_ERRORS = {
     "no JSON": (lambda content: "{", "panoptic_train.json is no JSON"),
     "no annotations": (lambda content: content.pop("annotations"), "has no list `annotations`"),
     "no isthing": (lambda content: content["categories"][1].pop("isthing"), "no `isthing` in `categories`, entries 1"),
+    "name twice": (
+        lambda content: content["categories"][3].update(name="car"),
+        "panoptic_train.json: `categories` of the same name: car",
+    ),
     "no segments": (
         lambda content: content["annotations"][1].pop("segments_info"),
         "no `segments_info` in `annotations`, entries 1",
@@ -595,7 +610,24 @@ PANOPTIC_ERRORS = {
         change_infos(0, category_id=1),
         r"`segments_info` of image 4: segments whose `category_id` is unknown: 7 \(1\)",
     ),
-    "no class": (change_infos(0, category_id=None), "image 4: no `category_id` in entries 0"),
+    "no class": (change_infos(0, category_id=None), "no `category_id` in `segments_info` of image 4, entries 0"),
+    "a list": (lambda content: content["annotations"].append([1]), "`annotations` must be objects, entries 3"),
+    "a number": (
+        lambda content: content["annotations"][0].update(file_name=4),
+        "panoptic_train.json: `file_name` in `annotations` must be text, entries 0",
+    ),
+    "segments as object": (
+        lambda content: content["annotations"][1].update(segments_info={}),
+        "`segments_info` in `annotations` must be a list, entries 1",
+    ),
+    "segment as list": (
+        lambda content: content["annotations"][0]["segments_info"].append([7]),
+        "`segments_info` of image 4 must be objects, entries 3",
+    ),
+    "class as list": (
+        change_infos(1, category_id=[7]),
+        "`category_id` in `segments_info` of image 4 must be a number, entries 1",
+    ),
     "void": (change_infos(0, id=0), r"image 4: ids must be in \[1, 16777215\], got 0"),
     "segment twice": (change_infos(0, id=5), "image 4: ids in `segments_info` that are there more than once: 5"),
 }
@@ -648,6 +680,9 @@ def test_panoptic_layouts(tmp_path):
     images.rename(tmp_path / "images/train")
     found = find_panoptic_splits(tmp_path)["train"]
     assert found == (tmp_path / "images/train", tmp_path / "annotations/panoptic_train", file)
+    file.with_name("panoptic_trainval.json").write_text("{}")  # without pictures, and not needed
+    assert find_panoptic_splits(tmp_path)["train"] == found
+    file.with_name("panoptic_trainval.json").unlink()
     (tmp_path / "annotations/panoptic_train").rename(tmp_path / "elsewhere")
     with pytest.raises(
         ValueError, match="its PNGs are neither in .*panoptic_train nor in .*annotations/panoptic_train"

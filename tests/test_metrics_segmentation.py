@@ -112,6 +112,16 @@ def test_nothing_to_compare_with():
     assert confusion.sum() == 0 and np.isnan(semantic_scores(confusion.numpy(), ["a", "b"])["mIoU"])
 
 
+def test_class_255_of_panoptic_segments_counts():
+    """Only in label maps is it void."""
+    classes, masks = torch.zeros(1, 257), torch.full((1, 2, 2), 9.0)
+    classes[0, 255] = 9
+    target = {"segments": torch.tensor([[0, 1], [1, 1]]), "class_labels": torch.tensor([255])}
+    reader = UniversalSemanticPostProcessor(Mask2FormerImageProcessor())
+    confusion = reader.read(classes, masks, target | {"orig_size": torch.tensor([2, 2])})["confusion"]
+    assert confusion.shape == (256, 256) and confusion.sum() == confusion[255, 255] == 3
+
+
 def test_mean_iou_of_torchmetrics():
     generator = torch.Generator().manual_seed(0)
     truth, found = (torch.randint(0, 6, (3, 40, 50), generator=generator) for _ in range(2))

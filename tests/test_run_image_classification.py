@@ -47,11 +47,12 @@ from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassific
 from clusterformer_hf.checkpoints import UNFINISHED_FOLDER, checkpoint_problem, find_checkpoint
 from clusterformer_hf.data.classification import ImageClassificationDataset
 from clusterformer_hf.hub import HubError
+from clusterformer_hf.loading import load_config
 from clusterformer_hf.metrics.accuracy import ClassificationAccuracy
 from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import ClusterFormerTrainingArguments, SetEpochCallback, classification_loss
 from scripts import push_to_hub
-from scripts.run_image_classification import main
+from scripts.run_image_classification import DataArguments, ModelArguments, load_image_processor, main
 from tests import nano
 from tests.local_hub import LocalHub
 
@@ -295,6 +296,18 @@ def test_parse_arguments(tmp_path):
     ours, training = parse_arguments((Arguments, TrainingArguments), ["--no_flip", "--sizes", "{}"])
     assert ours == Arguments("{}", False) and training.learning_rate == 5e-5
 
+    recipe.write_text("max_steps: 5\nbf16: true\ngradient_accumulation_steps: 4\n")
+    _, training = parse_arguments(
+        (Arguments, TrainingArguments), [str(recipe), "--num-train-epochs=3", "--fp16=false", "--use_cpu"]
+    )
+    assert training.max_steps == -1 and training.num_train_epochs == 3 and training.bf16
+    types = (DataArguments, ClusterFormerTrainingArguments)
+    recipe.write_text("max_steps: 5\ngradient_accumulation_steps: 4\ndataset_name: there\n")
+    flags = ["--max_steps=-1", "--total_train_batch_size=16", "--train_dir=here", "--output_dir=x", "--use_cpu"]
+    data, training = parse_arguments(types, [str(recipe), *flags])
+    assert data.dataset_name is None and training.max_steps == -1
+    assert training.gradient_accumulation_steps * training.train_batch_size == 16
+
     recipe.write_text("learning_rat: 1\n")
     with pytest.raises(ValueError, match="recipe.yaml has keys that are no flags: learning_rat"):
         parse_arguments((Arguments, TrainingArguments), [str(recipe)])
@@ -386,6 +399,34 @@ def nano_checkpoint(folder, image_std=(0.5, 0.5, 0.5), weight=None) -> Path:
         state["classifier.bias"][0] = weight
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def test_image_processors(tmp_path, caplog):
+    """The checkpoint's, unless another size is asked for; a named one wins, and must not contradict."""
+    checkpoint = str(nano_checkpoint(tmp_path / "checkpoint", image_std=(0.1, 0.2, 0.3)))
+
+    def load(overrides=None, **flags):
+        args = ModelArguments(model_name_or_path=checkpoint, config_overrides=overrides, **flags)
+        return load_image_processor(args, load_config(args))
+
+    assert load().size == load({"drop_path_rate": 0.1}).size == {"height": 32, "width": 32} and not caplog.text
+    larger, cropped = load({"image_size": 48}), load(crop_pct=0.5)
+    assert larger.size == {"height": 48, "width": 48} and type(larger) is ViTImageProcessor
+    assert "A new image processor of size" in caplog.text
+    assert cropped.crop_pct == 0.5 and cropped.size == {"shortest_edge": 32}
+    for processor in (larger, cropped):
+        processor.save_pretrained(tmp_path / "named")
+        assert json.loads((tmp_path / "named" / "preprocessor_config.json").read_text())["image_std"] == [0.1, 0.2, 0.3]
+
+    named = {"image_processor_name": str(tmp_path / "named")}
+    assert load(crop_pct=0.5, **named).crop_pct == load({"image_size": 32}, **named).crop_pct == 0.5
+    with pytest.raises(ValueError, match="named makes pictures of the size .*32.* says image_size 48: leave out one"):
+        load({"image_size": 48}, **named)
+    with pytest.raises(ValueError, match="--crop_pct 0.6 is for a new image processor; --image_processor_name"):
+        load(crop_pct=0.6, **named)
+    for size in (384, [32, 48]):
+        with pytest.raises(ValueError, match="--crop_pct 0.875 needs a square image_size below 384, got"):
+            load({"image_size": size}, crop_pct=0.875)
 
 
 def test_nan_pixels_are_reported_with_step_and_picture(pictures, tmp_path):

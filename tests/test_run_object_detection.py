@@ -44,7 +44,7 @@ from transformers import (
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification, ClusterFormerForObjectDetection
 from clusterformer_hf.checkpoints import checkpoint_problem
 from clusterformer_hf.data.digit_scenes import write_digit_scenes
-from clusterformer_hf.loading import ModelArguments, summarise
+from clusterformer_hf.loading import ModelArguments, load_config, load_fitting_image_processor, summarise
 from clusterformer_hf.recipes import parse_arguments
 from clusterformer_hf.training import (
     TRAINING_WEIGHTS_NAME,
@@ -52,7 +52,13 @@ from clusterformer_hf.training import (
     ClusterFormerTrainingArguments,
     backbone_parameter_names,
 )
-from scripts.run_object_detection import DataArguments, DetectionAugmentationArguments, main, new_image_processor
+from scripts.run_object_detection import (
+    DataArguments,
+    DetectionAugmentationArguments,
+    finds_boxes,
+    main,
+    new_image_processor,
+)
 from tests.nano import BACKBONE, DECODER
 
 
@@ -466,6 +472,24 @@ def test_new_image_processor():
     for image_size, (shortest, longest) in sizes.items():
         processor = new_image_processor(ClusterFormerConfig(image_size=image_size))
         assert dict(processor.size) == {"shortest_edge": shortest, "longest_edge": longest}
+
+
+def test_image_processor_of_another_size(tmp_path):
+    """Made anew with the checkpoint's mean where `image_size` is overridden; a named one must not contradict."""
+    ClusterFormerConfig(**NANO).save_pretrained(tmp_path)
+    size, mean = {"shortest_edge": 64, "longest_edge": 107}, [0.1, 0.2, 0.3]
+    DeformableDetrImageProcessor(size=size, image_mean=mean).save_pretrained(tmp_path)
+
+    def load(overrides, **flags):
+        args = ModelArguments(model_name_or_path=str(tmp_path), config_overrides=overrides, **flags)
+        return load_fitting_image_processor(args, load_config(args), finds_boxes, new_image_processor)
+
+    assert dict(load({}).size) == size
+    larger = load({"image_size": 96})
+    assert dict(larger.size) == {"shortest_edge": 96, "longest_edge": 160} and list(larger.image_mean) == mean
+    assert dict(load({"image_size": 64}, image_processor_name=str(tmp_path)).size) == size
+    with pytest.raises(ValueError, match="says image_size 96: leave out one of them"):
+        load({"image_size": 96}, image_processor_name=str(tmp_path))
 
 
 def test_corrupt_pictures(scenes, tmp_path):

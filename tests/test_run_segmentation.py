@@ -531,15 +531,15 @@ def test_a_share_is_kept_for_validation(tmp_path):
         def select(self, rows):
             return Numbers(self[row] for row in rows)
 
-    def split(**options):
-        args = ClusterFormerTrainingArguments(str(tmp_path), do_train=True, do_eval=True, use_cpu=True)
+    def split(do_train=True, do_eval=True, **options):
+        args = ClusterFormerTrainingArguments(str(tmp_path), do_train=do_train, do_eval=do_eval, use_cpu=True)
         readers = {"train": lambda: (Numbers(range(20)), ["left out"])}
         return load_splits(readers, SplitArguments(**options), args, lambda data, skip, num_proc: (data, []))
 
     splits, skipped = split()
     assert skipped == ["left out"]
     assert len(splits["validation"]) == 3 and sorted(splits["train"] + splits["validation"]) == list(range(20))
-    assert split()[0] == splits
+    assert split()[0] == split(do_eval=False)[0] | split(do_train=False)[0] == splits
     assert [len(part) for part in split(max_train_samples=4, max_eval_samples=1)[0].values()] == [4, 1]
     with pytest.raises(ValueError, match="There is no validation split, only train"):
         split(train_val_split=0.0)

@@ -30,11 +30,12 @@ from safetensors.torch import load_file
 
 from clusterformer_hf.data import streaming
 from clusterformer_hf.data.digits import write_digits
+from clusterformer_hf.data.images import open_image
 from clusterformer_hf.data.shards import PictureShards, count_samples, find_shards, load_whole
 from clusterformer_hf.data.shards import main as write_shards
 from clusterformer_hf.data.streaming import StreamingDataset
 from clusterformer_hf.training import ClusterFormerTrainingArguments
-from scripts.run_image_classification import main
+from scripts.run_image_classification import DataArguments, load_shards, main
 from tests import nano
 
 
@@ -171,6 +172,42 @@ def test_labels_and_pixels(shards):
     assert pictures.sizes == [30, 50] and pictures.class_names == [str(digit) for digit in range(10)]
     read = [sample for shard, size in enumerate(pictures.sizes) for sample in pictures.read(shard, 0, size)]
     assert {(str(label), image["bytes"]) for _, image, label in read} == expected
+
+
+def test_pictures_of_several_formats(tmp_path):
+    """In one archive, whatever their endings."""
+    contents = {}
+    for number, ending in enumerate(("jpg", "jpeg", "png", "PNG", "webp", "jpg")):
+        path = tmp_path / "pictures" / f"class_{number % 2}" / f"{number}.{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(path)
+        contents[path.read_bytes()] = number % 2
+    write_shards(["--dataset_name", str(tmp_path / "pictures"), "--output", str(tmp_path / "shards")])
+    pictures = find_shards(str(tmp_path / "shards"))["train"]
+    read = [(image["bytes"], label) for _, image, label in pictures.read(0, 0, 6)]
+    whole = [(row["image"]["bytes"], row["label"]) for row in load_whole(pictures)]
+    assert sorted(read) == sorted(whole) == sorted(contents.items())
+
+
+def test_named_columns(tmp_path):
+    """Where shards have two of a kind, those that are named are read, for training and for evaluation."""
+    pictures, kind = [Image.new("RGB", (8, 8), (grey,) * 3) for grey in (0, 255)], datasets.ClassLabel(names=["a", "b"])
+    columns = {"image": pictures, "thumbnail": pictures[::-1], "label": [0, 1], "fine": [1, 0]}
+    features = {"image": datasets.Image(), "thumbnail": datasets.Image(), "label": kind, "fine": kind}
+    rows = datasets.Dataset.from_dict(columns, datasets.Features(features))
+    rows.to_parquet(tmp_path / "train-00000.parquet")
+    with pytest.raises(
+        ValueError, match="one picture .any name.*got image, thumbnail, label, fine.*--image_column_name"
+    ):
+        find_shards(str(tmp_path))
+    with pytest.raises(ValueError, match=r"one class \(kind\), got image"):
+        find_shards(str(tmp_path), None, "thumbnail", "kind")
+    arguments = DataArguments(str(tmp_path), streaming=True, image_column_name="thumbnail", label_column_name="fine")
+    training = ClusterFormerTrainingArguments(str(tmp_path / "out"), do_train=True, use_cpu=True)
+    found = load_shards(arguments, training)[0]["train"]
+    read = [(open_image(image).getpixel((0, 0))[0], label) for _, image, label in found.read(0, 0, 2)]
+    whole = [(open_image(row["image"]).getpixel((0, 0))[0], row["label"]) for row in load_whole(found)]
+    assert read == whole == [(255, 1), (0, 0)]
 
 
 def flags(shards, output_dir, *more) -> list[str]:

@@ -23,6 +23,13 @@ from .detection_data import DetectionData, assemble, check_ids, listed, upright_
 
 # The first that is found is read.
 SPLIT_PREFIXES = {"train": ["train"], "validation": ["val", "test"]}
+# Types of values that entries are found by; an error's words for them.
+KINDS = {
+    "file_name": (str, "text"),
+    "image_id": (int | float, "a number"),
+    "category_id": (int | float, "a number"),
+    "segments_info": (list, "a list"),
+}
 
 
 def find_coco_splits(folder: str | Path) -> dict[str, tuple[Path, Path]]:
@@ -37,14 +44,16 @@ def find_coco_splits(folder: str | Path) -> dict[str, tuple[Path, Path]]:
     for file in sorted(folder.glob("annotations/instances_*.json")):
         name = file.stem.removeprefix("instances_")
         images_dir = next((path for path in (folder / name, folder / "images" / name) if path.is_dir()), None)
-        if images_dir is None:
-            raise ValueError(f"{file} is there, but its pictures are neither in {folder / name} nor in images/{name}.")
         found[name] = (images_dir, file)
     found |= {file.parent.name: (file.parent, file) for file in sorted(folder.glob("*/_annotations.coco.json"))}
     splits = {}
     for split, prefixes in SPLIT_PREFIXES.items():
         names = [name for prefix in prefixes for name in sorted(found) if name.startswith(prefix)]
         splits |= {split: found[names[0]]} if names else {}
+    for images_dir, file in splits.values():
+        if images_dir is None:
+            name = file.stem.removeprefix("instances_")
+            raise ValueError(f"{file} is there, but its pictures are neither in {folder / name} nor in images/{name}.")
     if not splits:
         raise ValueError(f"There is no annotations/instances_train.json nor train/_annotations.coco.json in {folder}.")
     return splits
@@ -99,15 +108,32 @@ def read_json(file: Path) -> dict:
 
 
 def read_entries(file: Path, content: dict, field: str, required: tuple[str, ...]) -> list[dict]:
-    """The list `content[field]`, in which each entry has an id of its own and the required keys."""
+    """
+    The list `content[field]`, in which each entry has an id of its own and the required keys.
+
+    Raises:
+        `ValueError`: if there is no such list, or an entry is of another kind; names the file, the field and the entry.
+    """
     entries = content.get(field)
     if not isinstance(entries, list):
         raise ValueError(f"{file} has no list `{field}`.")
-    if field == "annotations" and any("segments_info" in entry for entry in entries[:1]):
+    if field == "annotations" and any("segments_info" in entry for entry in entries[:1] if isinstance(entry, dict)):
         raise ValueError(f"{file}: `annotations` are panoptic segments; boxes are in a file of instances.")
-    for key in ("id", *required):
-        without = [number for number, entry in enumerate(entries) if entry.get(key) is None]
-        if without:
-            raise ValueError(f"{file}: no `{key}` in `{field}`, entries {listed(without)}, counted from 0.")
+    check_entries(file, f"`{field}`", entries, ("id", *required))
     check_ids(str(file), field, [entry["id"] for entry in entries])
     return entries
+
+
+def check_entries(file: Path, field: str, entries: list, required: tuple[str, ...]):
+    """Raises `ValueError` unless all entries are objects with the required keys, whose values are of the right kind."""
+    _refuse(file, f"{field} must be objects", [not isinstance(entry, dict) for entry in entries])
+    for key in required:
+        _refuse(file, f"no `{key}` in {field}", [entry.get(key) is None for entry in entries])
+        kind, words = KINDS.get(key, (object, ""))
+        _refuse(file, f"`{key}` in {field} must be {words}", [not isinstance(entry[key], kind) for entry in entries])
+
+
+def _refuse(file: Path, problem: str, is_wrong: list[bool]):
+    if any(is_wrong):
+        wrong = [number for number, value in enumerate(is_wrong) if value]
+        raise ValueError(f"{file}: {problem}, entries {listed(wrong)}, counted from 0.")

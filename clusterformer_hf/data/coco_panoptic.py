@@ -25,9 +25,9 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from .coco import SPLIT_PREFIXES, read_entries, read_json
+from .coco import SPLIT_PREFIXES, check_entries, read_entries, read_json
 from .coco_masks import InstanceData, find_pictures
-from .detection_data import DetectionData, assemble, check_ids, listed, open_picture
+from .detection_data import DetectionData, assemble, check_ids, check_names, listed, open_picture
 from .images import image_name, load_image
 from .rle import ByteStrings, encode_masks, mask_areas, mask_boxes
 
@@ -160,24 +160,26 @@ def find_panoptic_splits(folder: str | Path) -> dict[str, tuple[Path, Path, Path
     Looked for are `annotations/panoptic_NAME.json`, the PNGs in `panoptic_NAME` or `annotations/panoptic_NAME`, and the
     pictures in `NAME` or `images/NAME`. NAME begins with `train`; with `val` or else `test`.
     """
-    folder, found = Path(folder), {}
-    for file in sorted(folder.glob("annotations/panoptic_*.json")):
-        name = file.stem.removeprefix("panoptic_")
-        candidates = (
-            ("pictures", [folder / name, folder / "images" / name]),
-            ("PNGs", [folder / file.stem, file.with_suffix("")]),
-        )
-        for what, paths in candidates:
-            if not any(path.is_dir() for path in paths):
-                raise ValueError(f"{file} is there, but its {what} are neither in {paths[0]} nor in {paths[1]}.")
-        found[name] = (*(next(path for path in paths if path.is_dir()) for _, paths in candidates), file)
-    splits = {}
+    folder, splits = Path(folder), {}
+    files = {file.stem.removeprefix("panoptic_"): file for file in folder.glob("annotations/panoptic_*.json")}
     for split, prefixes in SPLIT_PREFIXES.items():
-        names = [name for prefix in prefixes for name in sorted(found) if name.startswith(prefix)]
-        splits |= {split: found[names[0]]} if names else {}
+        names = [name for prefix in prefixes for name in sorted(files) if name.startswith(prefix)]
+        splits |= {split: _find_parts(folder, names[0], files[names[0]])} if names else {}
     if not splits:
         raise ValueError(f"There is no annotations/panoptic_train.json nor panoptic_val.json in {folder}.")
     return splits
+
+
+def _find_parts(folder: Path, name: str, file: Path) -> tuple[Path, Path, Path]:
+    """The folders of a file's pictures and PNGs, and the file."""
+    candidates = {
+        "pictures": [folder / name, folder / "images" / name],
+        "PNGs": [folder / file.stem, file.with_suffix("")],
+    }
+    for what, paths in candidates.items():
+        if not any(path.is_dir() for path in paths):
+            raise ValueError(f"{file} is there, but its {what} are neither in {paths[0]} nor in {paths[1]}.")
+    return *(next(path for path in paths if path.is_dir()) for paths in candidates.values()), file
 
 
 def read_panoptic(images_dir: str | Path, segments_dir: str | Path, annotations_file: str | Path) -> PanopticData:
@@ -196,6 +198,7 @@ def read_panoptic(images_dir: str | Path, segments_dir: str | Path, annotations_
     categories = sorted(
         read_entries(file, content, "categories", ("name", "isthing")), key=lambda category: category["id"]
     )
+    check_names(str(file), [str(category["name"]) for category in categories])
     paths, sizes = find_pictures(file, images, Path(images_dir))
     annotation_of = _annotations_by_image(file, content.get("annotations"), {image["id"] for image in images})
     annotations = [annotation_of[image["id"]] for image in images]
@@ -206,7 +209,7 @@ def read_panoptic(images_dir: str | Path, segments_dir: str | Path, annotations_
 
     class_of = {category["id"]: label for label, category in enumerate(categories)}
     for annotation in annotations:
-        _check_segments(f"{file}, `segments_info` of image {annotation['image_id']}", annotation, class_of)
+        _check_segments(file, annotation, class_of)
     segments = [segment for annotation in annotations for segment in annotation["segments_info"]]
     undecoded = ImageFeature(decode=False)
     return PanopticData(
@@ -230,10 +233,7 @@ def _annotations_by_image(file: Path, annotations: list, image_ids: set) -> dict
     """The one annotation of each picture, which has all it needs."""
     if not isinstance(annotations, list):
         raise ValueError(f"{file} has no list `annotations`.")
-    for key in ("image_id", "file_name", "segments_info"):
-        without = [number for number, annotation in enumerate(annotations) if annotation.get(key) is None]
-        if without:
-            raise ValueError(f"{file}: no `{key}` in `annotations`, entries {listed(without)}, counted from 0.")
+    check_entries(file, "`annotations`", annotations, ("image_id", "file_name", "segments_info"))
     annotated = [annotation["image_id"] for annotation in annotations]
     check_ids(str(file), "annotations, image_id", annotated)
     unknown, missing = set(annotated) - image_ids, image_ids - set(annotated)
@@ -244,12 +244,10 @@ def _annotations_by_image(file: Path, annotations: list, image_ids: set) -> dict
     return dict(zip(annotated, annotations))
 
 
-def _check_segments(source: str, annotation: dict, class_of: dict[int, int]):
-    segments = annotation["segments_info"]
-    for key in ("id", "category_id"):
-        without = [number for number, segment in enumerate(segments) if segment.get(key) is None]
-        if without:
-            raise ValueError(f"{source}: no `{key}` in entries {listed(without)}, counted from 0.")
+def _check_segments(file: Path, annotation: dict, class_of: dict[int, int]):
+    segments, field = annotation["segments_info"], f"`segments_info` of image {annotation['image_id']}"
+    source = f"{file}, {field}"
+    check_entries(file, field, segments, ("id", "category_id"))
     check_ids(source, "segments_info", [segment["id"] for segment in segments])
     outside = [segment["id"] for segment in segments if not 1 <= segment["id"] <= MAX_SEGMENT_ID]
     if outside:

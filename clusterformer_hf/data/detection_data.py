@@ -178,9 +178,7 @@ def assemble(
     """
     _check_annotations(source, set(image_ids), categories, annotations)
     categories = dict(sorted(categories.items()))
-    same_name = [name for name, count in Counter(categories.values()).items() if count > 1]
-    if same_name:
-        raise ValueError(f"{source}: `categories` of the same name: {listed(same_name)}.")
+    check_names(source, categories.values())
 
     row_of = {image_id: row for row, image_id in enumerate(image_ids)}
     class_of = {category_id: label for label, category_id in enumerate(categories)}
@@ -241,6 +239,13 @@ def check_ids(source: str, field: str, ids: list):
     twice = [value for value, count in Counter(ids).items() if count > 1]
     if twice:
         raise ValueError(f"{source}: ids in `{field}` that are there more than once: {listed(twice)}.")
+
+
+def check_names(source: str, names: Iterable[str]):
+    """Raises `ValueError` if two classes have the same name, by which models tell them apart."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{source}: `categories` of the same name: {listed(twice)}.")
 
 
 def listed(values: Iterable) -> str:

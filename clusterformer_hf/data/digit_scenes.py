@@ -41,7 +41,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from .folders import require_new
-from .rle import encode_masks
+from .rle import encode_masks, mask_boxes
 
 
 SPLITS = ("train", "test")
@@ -91,7 +91,9 @@ class Scene:
             infos.append(_segment_info(1000 * category + number, category, mask, box))
         background = segments == 1000 * BACKGROUND_CATEGORY
         infos.append(
-            _segment_info(1000 * BACKGROUND_CATEGORY, BACKGROUND_CATEGORY, background, mask_boxes(background[None])[0])
+            _segment_info(
+                1000 * BACKGROUND_CATEGORY, BACKGROUND_CATEGORY, background, _whole_boxes(background[None])[0]
+            )
         )
         return segments, infos
 
@@ -152,7 +154,7 @@ def make_scene(
         ink_areas.append(masks[-1].sum())
         _paint(generator, image[y : y + ink.shape[0], x : x + ink.shape[1]], ink)
         chosen.append(row)
-    return Scene(image.round().astype(np.uint8), labels[chosen], masks, mask_boxes(masks))
+    return Scene(image.round().astype(np.uint8), labels[chosen], masks, _whole_boxes(masks))
 
 
 def _check_size(size: int):
@@ -194,7 +196,7 @@ def _place(
         The place's y and x and all masks (n + 1, size, size), the new one last; None if no place was found.
     """
     size, (height, width) = masks.shape[-1], ink.shape
-    boxes = mask_boxes(masks)
+    boxes = _whole_boxes(masks)
     for _ in range(PLACEMENT_TRIALS):
         y, x = int(generator.integers(size - height + 1)), int(generator.integers(size - width + 1))
         shared = np.minimum(boxes[:, :2] + boxes[:, 2:], (x + width, y + height)) - np.maximum(boxes[:, :2], (x, y))
@@ -218,13 +220,9 @@ def _paint(generator: np.random.Generator, pixels: np.ndarray, ink: np.ndarray):
     pixels += ink[..., None] * (colour - pixels)
 
 
-def mask_boxes(masks: np.ndarray) -> np.ndarray:
+def _whole_boxes(masks: np.ndarray) -> np.ndarray:
     """Boxes (n, 4) int64, x, y, width, height, tight around masks (n, height, width) that are not empty."""
-    boxes = np.zeros((len(masks), 4), np.int64)
-    for box, mask in zip(boxes, masks):
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        box[:] = columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
-    return boxes
+    return mask_boxes(encode_masks(masks), *masks.shape[1:]).astype(np.int64)
 
 
 def scene_at(split: str, index: int, digits: np.ndarray, labels: np.ndarray, seed: int = 0, size: int = 96) -> Scene:
@@ -255,6 +253,8 @@ def write_digit_scenes(
 
 
 def _write_split(output: Path, split: str, number: int, seed: int, size: int):
+    from .coco_panoptic import segment_colours  # needs the datasets library, of the extra "train"
+
     for folder in (split, f"panoptic_{split}", f"semantic_{split}", "annotations"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     digits, labels = load_digits(split)
@@ -263,9 +263,8 @@ def _write_split(output: Path, split: str, number: int, seed: int, size: int):
         scene = scene_at(split, index, digits, labels, seed, size)
         image_id, file_name = index + 1, f"{index + 1:06d}.png"
         segments, infos = scene.panoptic_map()
-        colours = np.stack([segments % 256, segments // 256 % 256, segments // 65536], axis=-1).astype(np.uint8)
         Image.fromarray(scene.image).save(output / split / file_name)
-        Image.fromarray(colours).save(output / f"panoptic_{split}" / file_name)
+        Image.fromarray(segment_colours(segments)).save(output / f"panoptic_{split}" / file_name)
         Image.fromarray(scene.semantic_map()).save(output / f"semantic_{split}" / file_name)
         images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
         instances += _instance_annotations(scene, image_id, first_id=len(instances) + 1)

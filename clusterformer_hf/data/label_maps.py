@@ -28,7 +28,7 @@ from datasets import Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
-from .detection_data import listed
+from .detection_data import check_names, listed
 from .images import image_name, load_image, open_image
 
 
@@ -70,6 +70,7 @@ class SemanticData:
                 f"{self.source}: label maps have 1 to {IGNORE_INDEX} classes, as {IGNORE_INDEX} is for pixels of none; "
                 f"got {len(self.class_names)}."
             )
+        check_names(self.source, self.class_names)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -177,13 +178,18 @@ def find_label_map_splits(folder: str | Path) -> dict[str, tuple[Path, Path]]:
     return splits
 
 
-def read_class_names(source: str | Path) -> list[str]:
+def read_class_names(source: str | Path, reduce_labels: bool = False) -> list[str]:
     """
     Class names from a JSON file, `{"0": "wall", "1": "building", ...}`, from a table with the columns `Idx`, counted
     from 1, and `Name`, separated by tabs, or from the file that a data set's folder has.
 
+    Args:
+        source: The file or the folder.
+        reduce_labels: See [`SemanticData`]. A table is for label maps that count from 1 as it does.
+
     Raises:
-        `ValueError`: if there is no such file, or its ids are not 0, 1, 2 and so on; names the file.
+        `ValueError`: if there is no such file, its ids are not 0, 1, 2 and so on, or it is a table and label maps are
+            said to count from 0; names the file.
     """
     file = Path(source)
     if file.is_dir():
@@ -191,6 +197,11 @@ def read_class_names(source: str | Path) -> list[str]:
         if not found:
             raise ValueError(f"Nothing names the classes: there is no {' nor '.join(CLASS_NAME_FILES)} in {source}.")
         file = found[0]
+    if file.suffix == ".txt" and not reduce_labels:
+        raise ValueError(
+            f"{file} counts classes from 1, so label maps do too, with 0 for pixels of no class: pass --reduce_labels. "
+            "Names for label maps that count from 0 are given as id2label.json."
+        )
     try:
         names = _names_of_table(file) if file.suffix == ".txt" else json.loads(file.read_text(encoding="utf-8"))
         names = {int(label): str(name) for label, name in names.items()}

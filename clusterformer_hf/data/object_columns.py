@@ -44,10 +44,10 @@ def read_objects(splits: DatasetDict, source: str) -> dict[str, DetectionData]:
     found = [name for name in CATEGORY_FIELDS if name in fields]
     if "bbox" not in fields or not found:
         raise ValueError(f"`objects` of {source} must have `bbox` and `category`; it has {', '.join(fields)}.")
-    objects = {split: [_records(value) for value in rows["objects"][:]] for split, rows in splits.items()}
+    objects = {split: _read_records(rows, f"{source}, split {split}") for split, rows in splits.items()}
     for records in objects.values():
         for record in (record for picture in records for record in picture):
-            record["category_id"] = record[found[0]]
+            record["category_id"] = record.get(found[0])
     categories = _number_categories(source, _inner(fields[found[0]]), objects)
     return {
         split: _read_split(rows, f"{source}, split {split}", objects[split], categories)
@@ -60,11 +60,25 @@ def _inner(feature):
     return getattr(feature, "feature", feature)
 
 
-def _records(objects: dict | list) -> list[dict]:
-    """One dict for each object, from columns or from records."""
-    if isinstance(objects, dict):
-        objects = [dict(zip(objects, values)) for values in zip(*objects.values())]
-    return [dict(record) for record in objects or []]
+def _image_ids(rows: Dataset) -> list:
+    return rows["image_id"][:] if "image_id" in rows.features else list(range(len(rows)))
+
+
+def _read_records(rows: Dataset, source: str) -> list[list[dict]]:
+    """For each picture one dict for each object, from columns or from records."""
+    return [
+        [dict(record) for record in (_join(source, image_id, objects) if isinstance(objects, dict) else objects or [])]
+        for image_id, objects in zip(_image_ids(rows), rows["objects"][:])
+    ]
+
+
+def _join(source: str, image_id: int, columns: dict[str, list | None]) -> list[dict]:
+    """Records from lists, of which None is a column that is not there."""
+    columns = {name: values for name, values in columns.items() if values is not None}
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{source}: lists in `objects` of image {image_id} differ in length: {lengths}.")
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
 def _number_categories(source: str, feature, objects: dict[str, list[list[dict]]]) -> dict[int, str]:
@@ -84,7 +98,7 @@ def _number_categories(source: str, feature, objects: dict[str, list[list[dict]]
 
 
 def _read_split(rows: Dataset, source: str, objects: list[list[dict]], categories: dict[int, str]) -> DetectionData:
-    image_ids = rows["image_id"][:] if "image_id" in rows.features else list(range(len(rows)))
+    image_ids = _image_ids(rows)
     check_ids(source, "image_id", image_ids)
     annotations = []
     for image_id, records in zip(image_ids, objects):

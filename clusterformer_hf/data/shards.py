@@ -18,7 +18,7 @@ read them much faster than single files.
     python -m clusterformer_hf.data.shards --dataset_name my_pictures --output my_shards
 
 writes `my_shards/train-00000.tar` and so on, `validation-00000.tar` and `id2label.json` from a folder of class folders.
-In an archive, `NAME.jpg` (or another picture) and `NAME.cls`, the class as a number, make a sample. The order is
+In an archive, `NAME.jpg`, a picture of any format, and `NAME.cls`, the class as a number, make a sample. The order is
 random, so that pictures of one class do not come together.
 """
 
@@ -46,7 +46,6 @@ from .classification import (
     split_off_validation,
 )
 from .folders import require_new
-from .images import image_name
 from .label_maps import read_class_names
 
 
@@ -66,11 +65,14 @@ class PictureShards:
         paths: The shards, local or `hf://` and others that fsspec opens.
         sizes: Number of pictures in each.
         class_names: The names of the classes 0, 1, 2 and so on.
+        image_column, label_column: See [`find_columns`].
     """
 
     paths: list[str]
     sizes: list[int]
     class_names: list[str]
+    image_column: str | None = None
+    label_column: str | None = None
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -83,7 +85,7 @@ class PictureShards:
             `ValueError`: for a sample that has no picture or no class of `class_names`; names it.
         """
         rows = open_shard(self.paths[shard]).skip(start).take(stop - start)
-        image_column, label_column = find_columns(rows)
+        image_column, label_column = find_columns(rows, self.image_column, self.label_column)
         # `iter`, since in a loader's worker a plain loop would give the only shard to the first worker alone.
         for number, batch in enumerate(rows.iter(batch_size=1), start):
             row = {column: values[0] for column, values in batch.items()}
@@ -108,22 +110,38 @@ def open_shard(path: str) -> IterableDataset:
     return rows
 
 
-def find_columns(rows: Dataset | IterableDataset) -> tuple[str, str]:
-    """The column of pictures and that of classes. Raises `ValueError` if there is not one of each."""
-    images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
-    labels = [name for name in ("cls", "label", "labels") if name in rows.features]
+def find_columns(
+    rows: Dataset | IterableDataset, image_column: str | None = None, label_column: str | None = None
+) -> tuple[str, str]:
+    """
+    The column of pictures and that of classes, where they are not named: the only ones.
+
+    Raises:
+        `ValueError`: if there is not one of each, or none of that name.
+    """
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    images = columns if image_column is None else [name for name in columns if name == image_column]
+    names = ("cls", "label", "labels") if label_column is None else (label_column,)
+    labels = [name for name in names if name in rows.features]
     if len(images) != 1 or len(labels) != 1:
         raise ValueError(
-            f"Samples of shards need one picture and one class (cls or label), got {', '.join(rows.features)}."
+            f"Samples of shards need one picture ({image_column or 'any name'}) and one class ({' or '.join(names)}), "
+            f"got {', '.join(rows.features)}. Others are chosen by --image_column_name and --label_column_name."
         )
     return images[0], labels[0]
 
 
-def find_shards(name: str, config_name: str | None = None) -> dict[str, PictureShards]:
+def find_shards(
+    name: str, config_name: str | None = None, image_column: str | None = None, label_column: str | None = None
+) -> dict[str, PictureShards]:
     """
     The splits `train` and `validation` of a folder of shards or of a data set on the Hub, or the one that there is.
 
     Files are told apart by their names, `train-00000.tar`, `validation-00000.parquet`, as the datasets library does.
+
+    Args:
+        name, config_name: The folder, or the data set and its configuration.
+        image_column, label_column: See [`find_columns`].
 
     Raises:
         `ValueError`: if there are no shards, or nothing names the classes; says what is expected.
@@ -142,7 +160,9 @@ def find_shards(name: str, config_name: str | None = None) -> dict[str, PictureS
         if found and any(_ending(path) not in READERS for path in found):
             raise ValueError(f"{found[0]} is no shard. {expected}")
         if found:
-            splits[split] = PictureShards(found, [count_samples(path) for path in found], _class_names(name, found[0]))
+            class_names = _class_names(name, found[0], image_column, label_column)
+            sizes = [count_samples(path) for path in found]
+            splits[split] = PictureShards(found, sizes, class_names, image_column, label_column)
     if not splits:
         raise ValueError(f"There are no shards in {name}. {expected}")
     return splits
@@ -152,11 +172,11 @@ def _ending(path: str) -> str:
     return posixpath.splitext(path)[1]
 
 
-def _class_names(name: str, path: str) -> list[str]:
+def _class_names(name: str, path: str, *columns: str | None) -> list[str]:
     if Path(name, LABEL_FILE).is_file():
         return read_class_names(Path(name, LABEL_FILE))
     rows = open_shard(path)
-    feature = rows.features[find_columns(rows)[1]]
+    feature = rows.features[find_columns(rows, *columns)[1]]
     if not isinstance(feature, ClassLabel):
         raise ValueError(f'Nothing names the classes of {path}: write {name}/{LABEL_FILE}, {{"0": "cat", "1": "dog"}}.')
     return feature.names
@@ -181,7 +201,7 @@ def count_samples(path: str) -> int:
 def load_whole(shards: PictureShards) -> Dataset:
     """All pictures of a split as rows of `image` and `label`, for evaluation: they go through the library's cache."""
     rows = load_dataset(READERS[_ending(shards.paths[0])], data_files=shards.paths, split="train")
-    image_column, label_column = find_columns(rows)
+    image_column, label_column = find_columns(rows, shards.image_column, shards.label_column)
     rows = rows.select_columns([image_column, label_column])
     rows = rows.rename_columns({image_column: "image", label_column: "label"}).cast_column("image", Image(decode=False))
     return rows.cast_column("label", ClassLabel(names=shards.class_names))
@@ -196,8 +216,9 @@ def write_shards(rows: Dataset, output: Path, split: str, shard_size: int, seed:
             for row in order[start : start + shard_size].tolist():
                 value = rows[row]
                 content = value["image"]["bytes"] or Path(value["image"]["path"]).read_bytes()
-                ending = Path(image_name(value["image"], row)).suffix.lower() or ".jpg"
-                _add(archive, f"{row:08}{ending}", content)
+                # One name for all formats: samples of an archive must have the same fields, and readers tell a
+                # picture's format by its bytes.
+                _add(archive, f"{row:08}.jpg", content)
                 _add(archive, f"{row:08}.cls", str(value["label"]).encode())
 
 

@@ -18,6 +18,7 @@ the classes that a model gets from them.
 Data is [`DetectionData`], [`SemanticData`], `InstanceData` or `PanopticData`.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -28,6 +29,8 @@ from transformers import PreTrainedConfig, TrainingArguments
 from .detection_data import DetectionData
 from .label_maps import SemanticData
 
+
+logger = logging.getLogger(__name__)
 
 Data = TypeVar("Data", bound=DetectionData | SemanticData)
 # Reads a split; also returns a line for each annotation that it left out.
@@ -70,15 +73,15 @@ def load_splits(
         `ValueError`: if a split is missing, or nothing of it can be used.
     """
     wanted = ["train"] * training_args.do_train + ["validation"] * training_args.do_eval
-    if training_args.eval_strategy != "no" and not training_args.do_eval:
-        wanted.append("validation")
     splits, skipped = {}, []
     for split in readers if "validation" not in readers else wanted:
         if split in readers:
             splits[split], problems = readers[split]()
             skipped += problems
-    if "validation" in wanted and "validation" not in readers and args.train_val_split:
+    if "validation" not in readers and args.train_val_split:
+        # Also where this run does not evaluate: a later one must find pictures that were not trained on.
         splits = split_off_validation(splits["train"], args.train_val_split, training_args.seed)
+        logger.info(f"{len(splits['validation'])} pictures are kept for validation and not trained on.")
 
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
     for split in wanted:

@@ -22,6 +22,10 @@ from ..data.label_maps import IGNORE_INDEX, SemanticData
 from .segmentation import PostProcessor, check_image_ids, check_is_list
 
 
+# In maps of panoptic segments, of which 255 may be a class.
+VOID = -1
+
+
 class SemanticPostProcessor(PostProcessor):
     """
     The confusion matrix of each picture, see [`PostProcessor`], for models with `logits` (batch, num_labels, height,
@@ -53,28 +57,33 @@ class UniversalSemanticPostProcessor(SemanticPostProcessor):
 
     def read(self, classes: torch.Tensor, masks: torch.Tensor, target: dict) -> dict[str, torch.Tensor]:
         outputs = ModelOutput(class_queries_logits=classes[None], masks_queries_logits=masks[None])
-        truth = target["label_map"] if "label_map" in target else label_map_of_segments(target)
-        return {"confusion": confusion_matrix(truth, self.label_map(outputs, target), classes.shape[-1] - 1)}
+        found, num_labels = self.label_map(outputs, target), classes.shape[-1] - 1
+        if "label_map" in target:
+            return {"confusion": confusion_matrix(target["label_map"], found, num_labels)}
+        return {"confusion": confusion_matrix(label_map_of_segments(target), found, num_labels, VOID)}
 
 
 def label_map_of_segments(target: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The class of each pixel, int64, from `segments` and their `class_labels`; 255 for void."""
+    """The class of each pixel, int64, from `segments` and their `class_labels`; -1 for void."""
     classes = target["class_labels"]
-    return torch.cat([classes.new_tensor([IGNORE_INDEX]), classes])[target["segments"].long()]
+    return torch.cat([classes.new_tensor([VOID]), classes])[target["segments"].long()]
 
 
-def confusion_matrix(truth: torch.Tensor, found: torch.Tensor, num_labels: int) -> torch.Tensor:
+def confusion_matrix(
+    truth: torch.Tensor, found: torch.Tensor, num_labels: int, ignore_index: int = IGNORE_INDEX
+) -> torch.Tensor:
     """
     Counts of pixels (num_labels, num_labels), int64: their true class in rows, the one found in columns.
 
     Args:
-        truth, found: Class ids, integers of one shape. Pixels whose true id is 255 are not counted.
+        truth, found: Class ids, integers of one shape.
+        ignore_index: The true id of pixels that are not counted.
 
     Raises:
         `ValueError`: if there is another id outside [0, num_labels).
     """
     truth, found = truth.flatten().long(), found.flatten().long()
-    counted = truth != IGNORE_INDEX
+    counted = truth != ignore_index
     truth, found = truth[counted], found[counted]
     for ids in (truth, found):
         if len(ids) > 0 and not 0 <= ids.min() <= ids.max() < num_labels:
