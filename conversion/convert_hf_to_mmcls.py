@@ -38,6 +38,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from clusterformer_hf import ClusterFormerConfig
 
 
+# Fields of our config that change the result and that the released code has no argument for.
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-5}
+
+
 @dataclass
 class ConversionArguments:
     """Converts an image classifier with a released form of clustering back to a checkpoint of the released code."""
@@ -64,6 +68,12 @@ def convert(arguments: ConversionArguments) -> dict[str, str]:
     if not isinstance(config, ClusterFormerConfig) or config.clustering == "recurrent":
         name = getattr(config, "clustering", config.model_type)
         raise ConversionError(f"--model {arguments.model} is `{name}`: only the released forms have a way back.")
+    for name, value in FIXED.items():
+        if getattr(config, name) != value:
+            raise ConversionError(
+                f"--model {arguments.model} has {name}={getattr(config, name)!r}, which a checkpoint of the released "
+                f"code cannot say: there it is always {value!r}."
+            )
 
     layout = FRAMEWORK if config.classifier_pooling == FRAMEWORK.classifier_pooling else STANDALONE
     check_keys(weights, parameter_shapes(config))

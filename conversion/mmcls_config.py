@@ -83,20 +83,40 @@ class AuthorsConfig:
 
 
 class Unreadable:
-    """An expression that is neither a literal nor `dict(...)`."""
+    """
+    An expression that is neither a literal nor `dict(...)`, or what a name holds after a statement that is not read.
 
-    def __init__(self, node: ast.AST):
-        self.text, self.line = ast.unparse(node), node.lineno
+    Args:
+        node (`ast.AST`): The expression or the statement.
+        names (`dict`): Those assigned before; the values of those that `node` mentions may be parts of its own.
+    """
+
+    def __init__(self, node: ast.AST, names: dict):
+        self.text, self.line = ast.unparse(node).split("\n")[0], node.lineno
+        self.is_statement = isinstance(node, ast.stmt)
+        self.parts = [names[name] for name in mentioned(node) if name in names]
+
+    def describe(self, path: str) -> str:
+        if self.is_statement:
+            return f"`{path}`, which line {self.line}, `{self.text}`, may have changed"
+        return f"`{path}={self.text}` in line {self.line}, which is no literal"
 
 
-def read_config_file(path: str | Path) -> dict:
+def read_config_file(path: str | Path, extended_by: tuple[Path, ...] = ()) -> dict:
     """
     The names that a config file assigns, with those of its `_base_` files, whose dicts it extends.
 
+    Args:
+        path (`str` or `Path`): The file.
+        extended_by (`tuple[Path, ...]`): The files whose `_base_` led to it.
+
     Raises:
-        [`ConversionError`]: if a file is missing or no Python, or changes `model` in another way than by assignments.
+        [`ConversionError`]: if a file is missing, no Python or its own `_base_`, or changes `model` in another way than
+            by assignments.
     """
     path = Path(path)
+    if path.resolve() in extended_by:
+        raise ConversionError(f"The config {path} is a `_base_` of itself.")
     if not path.is_file():
         raise ConversionError(f"There is no config file {path}.")
     values = read_config_text(path.read_bytes(), str(path))
@@ -106,27 +126,79 @@ def read_config_file(path: str | Path) -> dict:
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConversionError(f"The config {path} has a `_base_` that is no list of file names.")
     for base in bases:
-        merged = merge(merged, read_config_file(path.parent / base))
+        merged = merge(merged, read_config_file(path.parent / base, (*extended_by, path.resolve())))
     return merge(merged, values)
 
 
 def read_config_text(text: str | bytes, name: str) -> dict:
-    """The names that the text of a config assigns; `name` is for messages."""
+    """
+    The names that the text of a config assigns; those that other statements may change are [`Unreadable`].
+
+    Args:
+        text (`str` or `bytes`): The config.
+        name (`str`): For messages.
+
+    Raises:
+        [`ConversionError`]: if it is no Python, or may change `model` in another way than by assignments.
+    """
     try:
         statements = ast.parse(text, name).body
     except (SyntaxError, ValueError) as error:
         raise ConversionError(f"The config {name} is no Python: {error}.") from error
     values = {}
     for statement in statements:
-        if isinstance(statement, ast.Assign) and all(isinstance(target, ast.Name) for target in statement.targets):
-            value = evaluate(statement.value, values)
-            values.update({target.id: value for target in statement.targets})
-        elif any(isinstance(node, ast.Name) and node.id == "model" for node in ast.walk(statement)):
+        changed = sharing(may_change(statement), values)
+        if "model" in changed:
             raise ConversionError(
-                f"The config {name} uses `model` in line {statement.lineno}, `{ast.unparse(statement)}`: it can be "
-                "read only if `model = dict(...)` says it all."
+                f"The config {name} may change `model` in line {statement.lineno}, `{ast.unparse(statement)}`: it can "
+                "be read only if `model = dict(...)` says it all."
             )
+        assigned = {}
+        if assigns_names(statement):
+            assigned = dict.fromkeys((target.id for target in statement.targets), evaluate(statement.value, values))
+        values.update({**dict.fromkeys(changed, Unreadable(statement, {})), **assigned})
     return values
+
+
+def assigns_names(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Assign) and all(isinstance(target, ast.Name) for target in statement.targets)
+
+
+def may_change(statement: ast.stmt) -> set[str]:
+    """Names that a statement, which is not run, may change beside those that it plainly assigns."""
+    parts = [statement]
+    if assigns_names(statement):
+        # `dict(...)` leaves its arguments alone; any other call may do anything to them.
+        parts = [node for node in ast.walk(statement.value) if isinstance(node, (ast.Call, ast.NamedExpr))]
+        parts = [node for node in parts if not is_dict_call(node)]
+    return set().union(*map(mentioned, parts))
+
+
+def mentioned(node: ast.AST) -> set[str]:
+    """The names in a statement or an expression, those that imports and definitions assign included."""
+    values = [getattr(part, name, None) for part in ast.walk(node) for name in ("id", "name", "asname", "rest")]
+    return {value for value in values if isinstance(value, str)}
+
+
+def sharing(names: set[str], values: dict) -> set[str]:
+    """`names`, and those of `values` that share a dict or list with one; all of `values` after `import *`."""
+    if "*" in names:
+        return names | set(values)
+    parts = {part for name in names for part in mutable_parts(values.get(name))}
+    return names | {name for name, value in values.items() if not parts.isdisjoint(mutable_parts(value))}
+
+
+def mutable_parts(value):
+    """The identity of every dict and list in a value."""
+    if isinstance(value, (dict, list)):
+        yield id(value)
+    entries = value.parts if isinstance(value, Unreadable) else value.values() if isinstance(value, dict) else value
+    for entry in entries if isinstance(value, (dict, list, Unreadable)) else ():
+        yield from mutable_parts(entry)
+
+
+def is_dict_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict"
 
 
 def evaluate(node: ast.AST, names: dict):
@@ -135,7 +207,7 @@ def evaluate(node: ast.AST, names: dict):
         return [evaluate(entry, names) for entry in node.elts]
     if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
         return {key.value: evaluate(value, names) for key, value in zip(node.keys, node.values)}
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+    if is_dict_call(node) and not node.args:
         if all(keyword.arg is not None for keyword in node.keywords):
             return {keyword.arg: evaluate(keyword.value, names) for keyword in node.keywords}
     if isinstance(node, ast.Name) and node.id in names:
@@ -143,7 +215,7 @@ def evaluate(node: ast.AST, names: dict):
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
-        return Unreadable(node)
+        return Unreadable(node, names)
 
 
 def merge(base: dict, update: dict) -> dict:
@@ -169,20 +241,19 @@ def interpret(values: dict, name: str, fields: dict, layout) -> AuthorsConfig:
         layout (`Layout`): Of the checkpoint.
 
     Raises:
-        [`ConversionError`]: if there is no `model.backbone`, or an entry contradicts the weights or cannot be read.
+        [`ConversionError`]: if there is no `model.backbone`, an entry contradicts the weights or cannot be read, or
+            `img_norm_cfg` cannot be read.
     """
     model = values.get("model")
     backbone = model.get("backbone") if isinstance(model, dict) else None
+    for path, value in (("model", model), ("model.backbone", backbone)):
+        if isinstance(value, Unreadable):
+            refuse_unreadable(value, path, name)
     if not isinstance(backbone, dict):
         raise ConversionError(f"The config {name} has no readable `model = dict(backbone=dict(...))`.")
     config = AuthorsConfig(name)
     for key, value in backbone.items():
-        unreadable = next(find_unreadable(value), None)
-        if unreadable is not None:
-            raise ConversionError(
-                f"The config {name} has `model.backbone.{key}={unreadable.text}` in line {unreadable.line}, which is "
-                "no literal. Nothing is run, so write it out."
-            )
+        refuse_unreadable(value, f"model.backbone.{key}", name)
         config.entries[f"model.backbone.{key}"] = interpret_entry(key, value, fields, layout, config, name)
     for grid, sides in GRIDS.items():
         given = [backbone.get(side) for side in sides]
@@ -226,6 +297,13 @@ def interpret_entry(key: str, value, fields: dict, layout, config: AuthorsConfig
     return "agrees with the checkpoint"
 
 
+def refuse_unreadable(value, path: str, name: str):
+    """Raises [`ConversionError`] if the entry `path` of the config `name` is not known without running it."""
+    unreadable = next(find_unreadable(value), None)
+    if unreadable is not None:
+        raise ConversionError(f"The config {name} has {unreadable.describe(path)}. Nothing is run, so write it out.")
+
+
 def find_unreadable(value):
     if isinstance(value, Unreadable):
         yield value
@@ -235,7 +313,8 @@ def find_unreadable(value):
 
 
 def read_normalisation(values, config: AuthorsConfig):
-    """`img_norm_cfg`, in units of 0-255."""
+    """`img_norm_cfg`, in units of 0-255. Raises [`ConversionError`] if it is not known without running the config."""
+    refuse_unreadable(values, "img_norm_cfg", config.name)
     if values is None:
         return
     numbers = [values.get(key) for key in ("mean", "std")] if isinstance(values, dict) else []

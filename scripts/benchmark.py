@@ -40,6 +40,7 @@ from statistics import median
 import torch
 from plain_released import PlainReleasedClustering
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -177,7 +178,8 @@ def clusterformer(**kwargs) -> nn.Module:
 
 
 def swin() -> nn.Module:
-    return SwinForImageClassification(SwinConfig(num_labels=NUM_LABELS))
+    # Without stochastic depth, as the others.
+    return SwinForImageClassification(SwinConfig(num_labels=NUM_LABELS, drop_path_rate=0.0))
 
 
 def convnext() -> nn.Module:
@@ -238,16 +240,30 @@ def segmenter() -> nn.Module:
     return ClusterFormerForUniversalSegmentation(ClusterFormerConfig.tiny(num_labels=SEGMENTATION_LABELS))
 
 
+def swin_backbone() -> SwinConfig:
+    """Swin-T without stochastic depth, as our backbone."""
+    return SwinConfig(out_features=BACKBONE_STAGES, drop_path_rate=0.0)
+
+
 def mask2former() -> nn.Module:
-    backbone = SwinConfig(out_features=BACKBONE_STAGES)  # a Swin-T
     return Mask2FormerForUniversalSegmentation(
-        Mask2FormerConfig(backbone_config=backbone, num_labels=SEGMENTATION_LABELS)
+        Mask2FormerConfig(backbone_config=swin_backbone(), num_labels=SEGMENTATION_LABELS)
     )
 
 
 def maskformer() -> nn.Module:
-    backbone = SwinConfig(out_features=BACKBONE_STAGES)
-    return MaskFormerForInstanceSegmentation(MaskFormerConfig(backbone_config=backbone, num_labels=SEGMENTATION_LABELS))
+    decoder = DetrConfig(dropout=0.0)  # as the others
+    config = MaskFormerConfig(backbone_config=swin_backbone(), decoder_config=decoder, num_labels=SEGMENTATION_LABELS)
+    return MaskFormerForInstanceSegmentation(config)
+
+
+def with_auxiliary_loss(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model that `build` makes, with a loss on every decoder layer, which ours and Mask2Former have by default."""
+    model = build()
+    if isinstance(model, MaskFormerForInstanceSegmentation):
+        model.config.use_auxiliary_loss = True
+        model.config.output_hidden_states = True  # of the layers, without which there is no auxiliary loss
+    return model
 
 
 DETECTORS = {
@@ -284,7 +300,8 @@ def segmentation(settings: Settings):
         "mask_labels": [torch.cat(corners)],
         "class_labels": [torch.arange(len(corners), device=settings.device)],
     }
-    yield training_table("segmentation, training step", SEGMENTERS, 1, size, labels, settings)
+    builders = {name: partial(with_auxiliary_loss, build) for name, build in SEGMENTERS.items()}
+    yield training_table("segmentation, training step", builders, 1, size, labels, settings)
 
 
 def forward_tables(name: str, builders: dict, sizes, batch_sizes: list[int], settings: Settings):
@@ -422,7 +439,8 @@ def forward_gmacs(model: nn.Module, images: torch.Tensor) -> float:
     """Billions of multiply-accumulates in the matrix products, convolutions and attentions of a forward pass."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)  # the counter hooks into gradients, and DETR's queries have none to hook into
-    with FlopCounterMode(display=False) as counter:
+    # As plain products: the counter has no entry for the CPU's fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(model, images)
     for parameter in trained:
         parameter.requires_grad_(True)

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -184,6 +185,42 @@ def test_gmacs_equal_a_hand_count(benchmark):
     assert benchmark.forward_gmacs(benchmark.convnext().eval(), torch.randn(1, 3, 64, 64)) == pytest.approx(
         macs / 1e9, rel=1e-12
     )
+
+
+class Attention(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(images, images[..., :5, :], images[..., :5, :])
+
+
+def test_gmacs_count_attention(benchmark):
+    """Two products for each head, which the CPU's fused operator hides from the counter."""
+    gmacs = benchmark.forward_gmacs(Attention(), torch.randn(2, 3, 16, 32))
+    assert gmacs == pytest.approx(2 * 2 * 3 * 16 * 5 * 32 / 1e9)
+
+
+def test_contestants_train_alike(benchmark):
+    """None drops anything: stochastic depth and dropout are off in all."""
+    builders = [*benchmark.CLASSIFIERS.values(), *benchmark.SEGMENTERS.values()]
+    with torch.device("meta"):
+        modules = [module for build in builders for module in build().modules()]
+    for name in ("p", "drop_prob", "dropout", "activation_dropout", "attention_dropout"):
+        rates = [getattr(module, name, 0) for module in modules]
+        assert not [rate for rate in rates if isinstance(rate, float) and rate > 0], name
+
+
+def test_maskformer_trains_every_layer(benchmark):
+    """With the auxiliary losses of the others its loss is larger."""
+    config = nano_segmenters()["MaskFormer-Swin-T"]().config
+    config.decoder_config.decoder_layers = 3
+    model = MaskFormerForInstanceSegmentation(config).eval()
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :32, :32] = 1
+    labels = {"mask_labels": [mask], "class_labels": [torch.tensor([1])]}
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        loss = model(images, **labels).loss
+        auxiliary_loss = benchmark.with_auxiliary_loss(lambda: model)(images, **labels).loss
+    assert auxiliary_loss > 2 * loss > 0
 
 
 def test_gmacs_of_the_feed_forward_networks_are_contained(benchmark):

@@ -756,20 +756,62 @@ def test_classes_in_the_checkpoint_that_do_not_fit(released, tmp_path):
     [
         ("model = dict(", "no Python"),
         ("lr = 1", "no readable `model"),
-        ("model = build()", "no readable `model"),
+        ("model = build()", r"`model=build\(\)` in line 1, which is no literal"),
         ("model = dict(backbone=dict(center_w=[3] * 4, center_h=[3] * 4))", r"line 1, which is no literal"),
         ("model = dict(backbone=dict(center_w=[3, 3, 3, 3]))", "`model.backbone.center_w` and `center_h`"),
         ("model = dict(backbone=dict(layers=[2, 2, 6, 2]))", r"layers=\[2, 2, 6, 2\]`, but .* has \[1, 1, 2, 1\]"),
         ("model = dict(backbone=dict(return_center=True))", "return_center=True"),
         ("model = dict(backbone=dict(fork_feat=False))", "fork_feat=False"),
-        ("model = dict(backbone=dict(num_clustering=3))\nmodel['backbone']['heads'] = 4", "uses `model` in line 2"),
+        (
+            "model = dict(backbone=dict(num_clustering=3))\nmodel['backbone']['heads'] = 4",
+            "may change `model` in line 2",
+        ),
         ("_base_ = 'nowhere.py'\nmodel = dict(backbone=dict())", "nowhere.py"),
         ("_base_ = [f()]", "_base_"),
+        ("_base_ = 'config.py'", "config.py is a `_base_` of itself"),
+        ("_base_ = 'x.py'\n_base_ += ['y.py']", "_base_"),
+        # Values that other statements may have changed.
+        (
+            "b = dict(num_clustering=3)\nb['num_clustering'] = 1\nmodel = dict(backbone=b)",
+            r"`model.backbone`, .* line 2",
+        ),
+        ("b = dict(num_clustering=3)\nb.update(x=1)\nmodel = dict(backbone=b)", r"line 2, `b.update\(x=1\)`, may have"),
+        ("b = dict(num_clustering=3)\nx = f(b)\nmodel = dict(backbone=b)", r"line 2, `x = f\(b\)`, may have changed"),
+        ("b = dict(num_clustering=3)\nmodel = dict(backbone=b)\nb.clear()", "may change `model` in line 3"),
+        (
+            "c = [dict(num_clustering=3)]\nb = c[0]\nb.clear()\nmodel = dict(backbone=c)",
+            "`model.backbone`, which line 3",
+        ),
+        (
+            "g = [3]\nif True:\n    g = [5]\nmodel = dict(backbone=dict(center_w=g))",
+            "center_w`, which line 2, `if True:`",
+        ),
+        ("g = [3]\nfrom x import *\nmodel = dict(backbone=dict(center_w=g))", "center_w`, which line 2"),
+        ("g = [3]\nimport x as g\nmodel = dict(backbone=dict(center_w=g))", "center_w`, which line 2"),
+        ("n = dict()\nn['mean'] = 1\nimg_norm_cfg = n\nmodel = dict(backbone=dict())", "`img_norm_cfg`, which line 2"),
     ],
 )
 def test_authors_config_that_does_not_fit(tmp_path, text, match):
     (tmp_path / "config.py").write_text(text)
     refuse(match, FILES["framework"], tmp_path, "--config", str(tmp_path / "config.py"))
+
+
+def test_names_that_are_not_used_may_change(tmp_path):
+    """What a statement changes is an error only where the model uses it."""
+    (tmp_path / "config.py").write_text(
+        "grid = [3, 3, 3, 3]\nother = dict(lr=1)\nother['lr'] = 2\nif True:\n    other = grid * 2 if None else other\n"
+        "grid = [5, 5, 5, 5]\nhalf = grid[0] // 2\nmodel = dict(backbone=dict(center_w=grid))\n"
+    )
+    assert read_config_file(tmp_path / "config.py")["model"] == {"backbone": {"center_w": [5, 5, 5, 5]}}
+
+
+def test_two_configs_may_share_a_base(tmp_path):
+    for name, bases in {"a": [], "b": ["a.py"], "c": ["a.py"], "d": ["b.py", "c.py"]}.items():
+        (tmp_path / f"{name}.py").write_text(f"_base_ = {bases}\n{name} = 1\n")
+    assert read_config_file(tmp_path / "d.py") == {"a": 1, "b": 1, "c": 1, "d": 1}
+    (tmp_path / "a.py").write_text("_base_ = 'd.py'\n")
+    with pytest.raises(ConversionError, match="d.py is a `_base_` of itself"):
+        read_config_file(tmp_path / "d.py")
 
 
 class Malicious:
@@ -886,11 +928,15 @@ def test_way_back_that_cannot_be(converted, tmp_path):
     ClusterFormerForImageClassification(ClusterFormerConfig(**small)).save_pretrained(tmp_path / "recurrent")
     SwinConfig().save_pretrained(tmp_path / "swin")
     filled_model("release", **SMALL).clusterformer.save_pretrained(tmp_path / "headless")
+    filled_model("release", **SMALL, hidden_act="relu").save_pretrained(tmp_path / "relu")
+    filled_model("release", **SMALL, layer_norm_eps=1e-3).save_pretrained(tmp_path / "eps")
     cases = {
         "recurrent": "`recurrent`: only the released forms",
         "swin": "cannot be read|`swin`",
         "nowhere": "cannot be read",
         "headless": "Missing keys: `clusterformer.embeddings.projection.weight`",
+        "relu": "hidden_act='relu', which .* always 'gelu'",
+        "eps": "layer_norm_eps=0.001, which .* always 1e-05",
     }
     for name, match in cases.items():
         with pytest.raises(ConversionError, match=match):
