@@ -35,6 +35,7 @@ def run(script, output_dir, *flags) -> str:
     return ended.stdout + ended.stderr
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     flags = ["--num_train=4", "--num_test=3", "--num_pictures=2", "--per_device_train_batch_size=2"]
     printed = run("demo_detection.py", tmp_path, *flags, "--max_steps=2", "--save_steps=1", "--eval_steps=1")

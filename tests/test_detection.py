@@ -338,6 +338,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
         )
 
 
+@pytest.mark.slow
 def test_compiled_without_a_break():
     model, pixel_values = nano_detector(decoder_layers=1, decoder_num_iterations=1), images(1, 3, 64, 64)
     with torch.no_grad():
