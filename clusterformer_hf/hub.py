@@ -204,10 +204,8 @@ def publish(
     Raises:
         [`HubError`]: if nothing was published.
     """
-    api, card = HfApi(token=find_token(token)), Path(folder, "README.md")
+    api = HfApi(token=find_token(token))
     with explained_errors(repo_id):
-        if card.exists():
-            ModelCard.load(card).validate()
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo_id).private:
             raise HubError(f"{repo_id} exists and is public. Make it private on its page, or leave --private away.")
@@ -237,7 +235,7 @@ def explained_errors(repo_id: str) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled as error:
         raise HubError("Nothing was uploaded: HF_HUB_OFFLINE is set.") from error
-    except ValueError as error:
+    except ValueError as error:  # from `create_commit`, of the card's metadata
         raise HubError(f"Nothing was uploaded: the Hub does not take README.md. {error}") from error
     except HfHubHTTPError as error:
         reason = {

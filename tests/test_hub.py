@@ -541,7 +541,7 @@ def test_files_of_another_model_are_replaced(hub, runs, tmp_path, caplog):
         ({"offline": True}, "Nothing was uploaded: HF_HUB_OFFLINE is set."),
         ({"repo_id": "it"}, "'it' is no name of a repository: it must be USER/NAME or ORGANISATION/NAME."),
         ({"repo_id": "me/it/main"}, "'me/it/main' is no name of a repository, USER/NAME: "),
-        ({"refused": True}, "the Hub does not take README.md. .*license must be one of them"),
+        ({"refused": True}, "the Hub does not take README.md. .*\n- license must be one of them"),
         ({"breaks": True}, "The upload to me/it broke off: .*\nThe repository has all of the new files or none"),
         ({"gone": True}, "The upload to me/it broke off: "),
     ],
@@ -565,7 +565,7 @@ def test_uploads_that_fail(settings, message, hub, runs, monkeypatch, capsys):
         main([f"--model={runs['classifier']}", f"--repo-id={settings.get('repo_id', 'me/it')}"])
     output = "".join([*capsys.readouterr(), str(failure.value)])
     assert not any(secret in output for secret in (TOKEN, STRANGER, "c" * 34))
-    if settings.get("breaks"):
+    if settings.get("breaks") or settings.get("refused"):
         repository = hub.repositories["me/it"]
         assert set(repository.commits[repository.branches["main"]]) == {".gitattributes"}
     else:
