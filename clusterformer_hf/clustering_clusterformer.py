@@ -360,19 +360,21 @@ class ClusterFormerRecurrentClustering(nn.Module):
         with maybe_autocast(features.device.type, enabled=False):
             # Contiguous, or the products of every iteration would copy them again.
             keys, values = keys_values.to(geometry.dtype).permute(2, 0, 3, 1, 4).contiguous().unbind()
-            keys = F.normalize(keys, dim=-1)
+            keys, weights = F.normalize(keys, dim=-1), self.expectation_weights(geometry.dtype)
             clusters = centers.to(geometry.dtype), geometry.mean.mT, geometry.variance.mT
             for _ in range(self.num_iterations):
-                sums = sum_pixels(keys, values, *self.expectation_inputs(clusters, geometry, sampled=True))
+                sums = sum_pixels(keys, values, *self.expectation_inputs(clusters, weights, geometry, sampled=True))
                 clusters = maximization(sums, geometry.sample_positions, geometry.sample_extent)
         return clusters
 
-    def expectation_inputs(self, clusters, geometry, sampled: bool) -> tuple:
+    def expectation_weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Temperature and spatial weight in the E-step's dtype, the same in all iterations."""
+        spatial_weight = None if self.spatial_weight is None else F.softplus(self.spatial_weight.to(dtype))
+        return self.logit_scale.to(dtype).exp(), spatial_weight
+
+    def expectation_inputs(self, clusters, weights, geometry, sampled: bool) -> tuple:
         """What [`expectation`] takes beside the keys: queries, Gaussian tables and the mask of real pixels."""
-        centers, *place = clusters
-        temperature, spatial_weight = self.logit_scale.to(geometry.dtype).exp(), None
-        if self.spatial_weight is not None:
-            spatial_weight = F.softplus(self.spatial_weight.to(geometry.dtype))
+        (centers, *place), (temperature, spatial_weight) = clusters, weights
         queries = self.query(centers)
         queries = queries * (temperature / torch.linalg.vector_norm(queries, dim=-1, keepdim=True).clamp_min(MIN_NORM))
         positions = geometry.sample_positions if sampled else geometry.positions(sampled=False)
@@ -386,7 +388,8 @@ class ClusterFormerRecurrentClustering(nn.Module):
         keys = self.key_value(features.flatten(1, 2)).chunk(2, dim=-1)[0]
         with maybe_autocast(features.device.type, enabled=False):
             keys = F.normalize(split_heads(keys, self.num_heads).to(geometry.dtype), dim=-1)
-            return expectation(keys, *self.expectation_inputs(clusters, geometry, sampled))
+            weights = self.expectation_weights(geometry.dtype)
+            return expectation(keys, *self.expectation_inputs(clusters, weights, geometry, sampled))
 
     def dispatch(self, features: torch.Tensor, centers: torch.Tensor, geometry: StageGeometry) -> torch.Tensor:
         """

@@ -111,9 +111,9 @@ def detection_loss(
     device = outputs[0]["logits"].device
     with maybe_autocast(device.type, enabled=False):
         outputs = [{name: tensor.float() for name, tensor in output.items()} for output in outputs]
-        diverged = [tensor.sum() for output in outputs for tensor in output.values() if not tensor.isfinite().all()]
-        if diverged:  # the matcher would blame the boxes' format
-            return sum(diverged) * torch.nan, {}
+        total = sum(tensor.sum() for output in outputs for tensor in output.values())
+        if not total.isfinite():  # the matcher would blame the boxes' format
+            return total * torch.nan, {}
         labels = [
             {"class_labels": label["class_labels"].to(device).long(), "boxes": label["boxes"].to(device).float()}
             for label in labels

@@ -116,7 +116,7 @@ class Task:
         draw: Draws a picture's predictions, as the pipeline returns them.
         show_clusters: Makes the page and the panel that `--clusters` asks for.
         summary: The predictions in a few words.
-        subtasks: What `--subtask` may choose.
+        subtasks: What `--subtask` may choose, the default first but for models without stuff.
         pipeline_class: If not the one that transformers has for the task.
     """
 
