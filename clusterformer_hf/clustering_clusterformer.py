@@ -401,7 +401,7 @@ class ClusterFormerRecurrentClustering(nn.Module):
             directions = directions * (geometry.center_mask.mT == 0).to(centers.dtype)
         mixing = (directions.mT @ centers / geometry.num_centers).to(features.dtype)
         pixels = F.normalize(features.unflatten(-1, (self.num_heads, -1)), dim=-1).flatten(1, 2)
-        if pixels.shape[1] > features.shape[-1] * self.num_heads:
+        if pixels.shape[1] > features.shape[-1]:
             # Many pixels: project the heads' matrices, side by side on a diagonal, and pass over the pixels once.
             diagonal = torch.eye(self.num_heads, device=mixing.device, dtype=mixing.dtype)[:, None, :, None]
             update = pixels.flatten(2) @ self.projection((mixing[:, :, :, None] * diagonal).flatten(3).flatten(1, 2))
