@@ -37,7 +37,6 @@ from transformers import (
     PreTrainedModel,
     SwinConfig,
     SwinForImageClassification,
-    Trainer,
     TrainingArguments,
     ViTImageProcessor,
     set_seed,
@@ -48,6 +47,7 @@ from clusterformer_hf.hub import RESULTS_NAME
 from clusterformer_hf.metrics.clusters import cluster_statistics
 from clusterformer_hf.model_card import RECORD_NAME, TrainingRecord, describe
 from clusterformer_hf.provenance import PROVENANCE, provenance
+from clusterformer_hf.training import ClusterFormerTrainer
 from clusterformer_hf.visualization import draw_stages
 
 
@@ -130,7 +130,10 @@ def train_and_test(
         report_to="none",
         seed=args.seed,
     )
-    trainer = Trainer(model, training_args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
+    # Trainer's own groups would let the temperatures decay, and with them how sharp the clusters are.
+    trainer = ClusterFormerTrainer(
+        model, training_args, train_dataset=train, eval_dataset=test, compute_metrics=accuracy
+    )
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
