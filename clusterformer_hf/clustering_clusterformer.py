@@ -115,7 +115,7 @@ class ClusterSums(torch.autograd.Function):
         ctx.save_for_backward(keys, values, queries, rows, columns, mask)
         chunks = in_chunks(keys, values, queries, rows, columns, mask)
         parts = zip(*(ClusterSums.forward_of_heads(*chunk) for chunk in chunks))
-        return tuple(torch.cat(part, dim=1) for part in parts)
+        return tuple(join_heads(part) for part in parts)
 
     @staticmethod
     def forward_of_heads(keys, values, queries, rows, columns, mask):
@@ -127,7 +127,7 @@ class ClusterSums(torch.autograd.Function):
     def backward(ctx, *gradients):
         chunks = in_chunks(*ctx.saved_tensors, *gradients)
         parts = zip(*(ClusterSums.backward_of_heads(*chunk) for chunk in chunks))
-        return *(torch.cat(part, dim=1) for part in parts), None
+        return *(join_heads(part) for part in parts), None
 
     @staticmethod
     def backward_of_heads(keys, values, queries, rows, columns, mask, of_sums, of_rows, of_columns):
@@ -152,6 +152,10 @@ def in_chunks(keys, *tensors) -> Iterator[tuple[torch.Tensor | None, ...]]:
             tensor if tensor is None or tensor.shape[1] != num_heads else tensor[:, start : start + size]
             for tensor in (keys, *tensors)
         )
+
+
+def join_heads(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def sum_pixels(keys, values, queries, tables, mask=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
