@@ -26,7 +26,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from learning_curves import ComparisonArguments, add_missing_runs, chosen_models, learning_curve, markdown
+from learning_curves import (
+    ComparisonArguments,
+    add_missing_runs,
+    chosen_models,
+    initialise_as_the_paper,
+    learning_curve,
+    markdown,
+)
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
@@ -62,6 +69,7 @@ TRANSFORMER = {
     "decoder_attention_heads": HEADS,
     "decoder_layers": LAYERS,
     "num_queries": QUERIES,
+    "dropout": 0.0,
     "num_labels": 10,
 }
 
@@ -108,7 +116,9 @@ def with_trained_norms(model: PreTrainedModel) -> PreTrainedModel:
 def detr(size: int) -> PreTrainedModel:
     backbone = resnet(out_features=["stage4"])
     config = DetrConfig(backbone_config=backbone, encoder_layers=LAYERS, auxiliary_loss=True, **TRANSFORMER)
-    return with_trained_norms(DetrForObjectDetection(config))
+    model = DetrForObjectDetection(config)
+    initialise_as_the_paper(model, model.model.encoder.layers, model.model.decoder.layers)
+    return with_trained_norms(model)
 
 
 def deformable_detr(size: int) -> PreTrainedModel:
@@ -120,7 +130,9 @@ def deformable_detr(size: int) -> PreTrainedModel:
         auxiliary_loss=True,
         **TRANSFORMER,
     )
-    return with_trained_norms(DeformableDetrForObjectDetection(config))
+    model = DeformableDetrForObjectDetection(config)
+    initialise_as_the_paper(model, model.model.encoder.layers, model.model.decoder.layers)
+    return with_trained_norms(model)
 
 
 def rt_detr(size: int) -> PreTrainedModel:

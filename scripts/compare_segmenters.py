@@ -31,7 +31,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from learning_curves import ComparisonArguments, add_missing_runs, chosen_models, learning_curve, markdown
+from learning_curves import (
+    ComparisonArguments,
+    add_missing_runs,
+    chosen_models,
+    initialise_as_the_paper,
+    learning_curve,
+    markdown,
+)
 from run_universal_segmentation import Evaluation
 from transformers import (
     DetrConfig,
@@ -143,6 +150,7 @@ def maskformer(size: int) -> PreTrainedModel:
         decoder_attention_heads=HEADS,
         encoder_layers=0,
         num_queries=QUERIES,
+        dropout=0.0,
     )
     config = MaskFormerConfig(
         backbone_config=swin(size),
@@ -153,7 +161,9 @@ def maskformer(size: int) -> PreTrainedModel:
         output_hidden_states=True,  # of the layers, without which there is no auxiliary loss
         num_labels=NUM_LABELS,
     )
-    return MaskFormerForInstanceSegmentation(config)
+    model = MaskFormerForInstanceSegmentation(config)
+    initialise_as_the_paper(model, model.model.transformer_module.decoder.layers)
+    return model
 
 
 def mask2former(size: int) -> PreTrainedModel:

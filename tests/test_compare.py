@@ -98,6 +98,22 @@ def test_peers_learn_from_every_layer(script):
             assert len(trained) > 0.8 * len(list(model.parameters())), name
 
 
+def test_queries_of_peers_differ_where_they_are_evaluated(script):
+    """Without dropout, which hides in training that they are alike. As transformers draws them: below 0.002."""
+    torch.manual_seed(0)
+    models = script.MODELS["panoptic"] if hasattr(script, "METRICS") else script.MODELS
+    with_learned_queries = {"detr", "deformable_detr", "maskformer", "mask2former"} & models.keys()
+    assert len(with_learned_queries) == 2
+    for name in with_learned_queries:
+        model = models[name][0](64).eval()
+        layers = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
+        assert layers and all(layer.dropout == 0 for layer in layers), name
+        with torch.no_grad():
+            outputs = model(pixel_values=torch.randn(1, 3, 64, 64))
+        queries = outputs.get("last_hidden_state", outputs.get("transformer_decoder_last_hidden_state"))[0]
+        assert queries.shape == (36, 96) and queries.std(dim=0).mean() > 0.01, name
+
+
 def test_every_detector_sees_the_same_pictures(monkeypatch):
     """Whatever random numbers its model drew before; in another epoch they are others."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
