@@ -49,8 +49,9 @@ CONFIG = {
     "decoder_num_iterations": 1,
     "initializer_range": 0.06,
 }
-# The smallest chair has 105 of the photograph's 187,500 pixels.
-CONFIG_OF_MASKS = {**CONFIG, "image_size": 256, "patch_size": 2, "mask_feature_size": 32}
+# In the photograph's own size: its smallest chair has 105 of 187,500 pixels. At 256 pixels it was not found after 800
+# steps, nor the second smallest (AP50 .92).
+CONFIG_OF_MASKS = {**CONFIG, "image_size": 375, "patch_size": 2, "mask_feature_size": 32}
 
 
 @dataclass
@@ -89,8 +90,8 @@ def settings_of(task: str) -> dict:
     """What the two training scripts are told differently."""
     if task == "detection":
         return {"config_overrides": json.dumps(CONFIG), "max_steps": 150, "crop": 0}
-    # A crop of 342 holds the photograph in its size at evaluation, 256 x 342.
-    return {"config_overrides": json.dumps(CONFIG_OF_MASKS), "max_steps": 400, "task": "instance", "crop_size": 342}
+    # A crop of 500 holds the photograph, 375 x 500.
+    return {"config_overrides": json.dumps(CONFIG_OF_MASKS), "max_steps": 800, "task": "instance", "crop_size": 500}
 
 
 def main(args: list[str] | None = None):
