@@ -55,7 +55,7 @@ from clusterformer_hf.visualization import draw_stages
 class Arguments:
     output_dir: Path = field(default=Path("outputs/quickstart"), metadata={"help": "Where the results go."})
     compare: bool = field(default=False, metadata={"help": "Also train a Swin of the same size and budget."})
-    num_train_epochs: int = field(default=12, metadata={"help": "Passes over the 4,000 training digits."})
+    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the 4,000 training digits."})
     seed: int = field(default=0, metadata={"help": "Of the split, the weights and the order."})
 
 
