@@ -104,8 +104,12 @@ def resnet(**kwargs) -> ResNetConfig:
     return ResNetConfig(embedding_size=32, hidden_sizes=WIDTHS, depths=DEPTHS, layer_type="basic", **kwargs)
 
 
-def with_trained_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """DETR and Deformable DETR freeze their backbone's norms, which suits pretrained weights only."""
+def for_training_from_scratch(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    DETR or Deformable DETR, started as in its paper and with norms in the backbone that are trained: they freeze them,
+    which suits pretrained weights only.
+    """
+    initialise_as_the_paper(model, model.model.encoder.layers, model.model.decoder.layers)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child).__name__.endswith("FrozenBatchNorm2d"):
@@ -116,9 +120,7 @@ def with_trained_norms(model: PreTrainedModel) -> PreTrainedModel:
 def detr(size: int) -> PreTrainedModel:
     backbone = resnet(out_features=["stage4"])
     config = DetrConfig(backbone_config=backbone, encoder_layers=LAYERS, auxiliary_loss=True, **TRANSFORMER)
-    model = DetrForObjectDetection(config)
-    initialise_as_the_paper(model, model.model.encoder.layers, model.model.decoder.layers)
-    return with_trained_norms(model)
+    return for_training_from_scratch(DetrForObjectDetection(config))
 
 
 def deformable_detr(size: int) -> PreTrainedModel:
@@ -130,9 +132,7 @@ def deformable_detr(size: int) -> PreTrainedModel:
         auxiliary_loss=True,
         **TRANSFORMER,
     )
-    model = DeformableDetrForObjectDetection(config)
-    initialise_as_the_paper(model, model.model.encoder.layers, model.model.decoder.layers)
-    return with_trained_norms(model)
+    return for_training_from_scratch(DeformableDetrForObjectDetection(config))
 
 
 def rt_detr(size: int) -> PreTrainedModel:
