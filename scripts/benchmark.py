@@ -56,6 +56,7 @@ from transformers import (
     Mask2FormerForUniversalSegmentation,
     MaskFormerConfig,
     MaskFormerForInstanceSegmentation,
+    PreTrainedModel,
     ResNetConfig,
     RTDetrConfig,
     RTDetrForObjectDetection,
@@ -63,6 +64,7 @@ from transformers import (
     SwinForImageClassification,
     set_seed,
 )
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from clusterformer_hf import (
     ClusterFormerConfig,
@@ -90,6 +92,16 @@ LOADED_MODEL = {
     "center_grid": [4, 4, 4, 4],
     "sr_ratios": [2, 1, 1, 1],
 }
+# Sides of the pictures of `growth` and `compilation`.
+GROWTH_SIDES, COMPILED_SIDE = (256, 1024), 224
+TIMED_IMPORTS = """
+from time import perf_counter
+start = perf_counter()
+from transformers import SwinForImageClassification
+between = perf_counter()
+import clusterformer_hf
+print(between - start, perf_counter() - between)
+"""
 AUGMENTATION = ["--crop_scale=1", "--affine=12", "--randaugment_magnitude=9", "--random_erasing=0.25"]
 
 
@@ -398,12 +410,92 @@ def released_forms(settings: Settings):
             yield result
 
 
+def growth(settings: Settings):
+    """How time and memory of the classifiers grow with the picture, forward pass of one image."""
+    small, large = GROWTH_SIDES
+    models = {name: settings.compiled(settings.place(build()).eval()) for name, build in CLASSIFIERS.items()}
+    images = [settings.images(1, (side, side)) for side in GROWTH_SIDES]
+    runs = [partial(forward, model, image) for model in models.values() for image in images]
+    memory = [peak_memory(run, settings.device) for run in runs]  # the profiled call also warms up
+    times, rounds = interleaved_medians(runs, settings.arguments.rounds, settings.arguments.min_seconds)
+    rows = [
+        {"model": name, "time_growth": times[i + 1] / times[i], "memory_growth": memory[i + 1] / memory[i]}
+        for i, name in zip(range(0, len(runs), 2), models)
+    ]
+    note = f"{rounds} rounds, {(large / small) ** 2:g} times the pixels"
+    yield {"title": f"growth from {small} x {small} to {large} x {large}, batch 1", "note": note, "rows": rows}
+
+
+def compilation(settings: Settings):
+    """Classifiers with and without `torch.compile`, forward pass."""
+    models = {name: settings.place(build()).eval() for name, build in CLASSIFIERS.items()}
+    for batch_size in settings.arguments.batch_sizes:
+        images = settings.images(batch_size, (COMPILED_SIDE, COMPILED_SIDE))
+        rows = [compilation_row(name, model, images, settings) for name, model in models.items()]
+        note = f"at least {settings.arguments.rounds} rounds of each model"
+        yield {
+            "title": f"torch.compile, {COMPILED_SIDE} x {COMPILED_SIDE}, batch {batch_size}",
+            "note": note,
+            "rows": rows,
+        }
+
+
+def compilation_row(name: str, model: nn.Module, images: torch.Tensor, settings: Settings) -> dict:
+    torch.compiler.reset()  # or a second batch size would compile a graph for any
+    with torch.no_grad():
+        graph_breaks = torch._dynamo.explain(model)(images).graph_break_count
+    torch.compiler.reset()
+    runs = [partial(forward, each, images) for each in (model, torch.compile(model))]
+    for run in runs:
+        run()
+    times, _ = interleaved_medians(runs, settings.arguments.rounds, settings.arguments.min_seconds)
+    eager, compiled = (1e3 * time for time in times)
+    return {
+        "model": name,
+        "compiled_speed": eager / compiled,
+        "eager_milliseconds": eager,
+        "compiled_milliseconds": compiled,
+        "graph_breaks": graph_breaks,
+    }
+
+
+def start_up(settings: Settings):
+    """What the package adds to an import of Transformers; loading saved weights, and reading their file."""
+    rounds = settings.arguments.rounds
+    commands = [[sys.executable, "-c", TIMED_IMPORTS]] * rounds
+    times = [map(float, subprocess.check_output(command, text=True).split()) for command in commands]
+    names = ("Swin of Transformers", "clusterformer_hf after it")
+    rows = [{"measured": name, "milliseconds": 1e3 * median(column)} for name, column in zip(names, zip(*times))]
+    yield {"title": "import", "note": f"{rounds} new processes", "rows": rows}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [loading_row(name, build(), Path(folder, name), settings) for name, build in CLASSIFIERS.items()]
+    yield {"title": "from_pretrained", "note": f"at least {rounds} rounds of each model", "rows": rows}
+
+
+def loading_row(name: str, model: PreTrainedModel, folder: Path, settings: Settings) -> dict:
+    model.save_pretrained(folder)
+    runs = [partial(type(model).from_pretrained, folder), (folder / SAFE_WEIGHTS_NAME).read_bytes]
+    for run in runs:
+        run()
+    times, _ = interleaved_medians(runs, settings.arguments.rounds, settings.arguments.min_seconds)
+    loading, reading = (1e3 * time for time in times)
+    return {
+        "model": name,
+        "times_reading": loading / reading,
+        "loading_milliseconds": loading,
+        "reading_milliseconds": reading,
+    }
+
+
 SECTIONS = {
     "inference": inference,
+    "growth": growth,
+    "compilation": compilation,
     "training": training,
     "detection": detection,
     "segmentation": segmentation,
     "released": released_forms,
+    "start_up": start_up,
 }
 
 
@@ -536,6 +628,15 @@ COLUMNS = {
     "measured": ("measured", "{}"),
     "samples_per_second": ("samples/s", "{:.1f}"),
     "of_slower": ("of the slower alone", "{:.2f}"),
+    "time_growth": ("times the time", "{:.1f}"),
+    "memory_growth": ("times the memory", "{:.1f}"),
+    "compiled_speed": ("compiled, speed of eager", "{:.2f} x"),
+    "eager_milliseconds": ("eager, ms", "{:.1f}"),
+    "compiled_milliseconds": ("compiled, ms", "{:.1f}"),
+    "graph_breaks": ("graph breaks", "{}"),
+    "times_reading": ("times reading the file", "{:.2f}"),
+    "loading_milliseconds": ("loading, ms", "{:.1f}"),
+    "reading_milliseconds": ("reading, ms", "{:.1f}"),
 }
 
 
@@ -585,6 +686,7 @@ def check(arguments: BenchmarkArguments):
 def main(argv: list[str] | None = None) -> dict:
     """Runs the benchmark with these flags; prints the tables and returns them."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces its start and stop otherwise
+    logging.disable_progress_bar()  # of weights that are saved and loaded
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)
     check(arguments)
     results = {"arguments": asdict(arguments), "runs": []}

@@ -116,7 +116,7 @@ def nano_segmenters() -> dict:
 
 
 def test_runs_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
-    """All sections on small models: every table is printed and written, with positive numbers."""
+    """All sections but `compilation` on small models: every table is printed and written, with positive numbers."""
     models = nano_classifiers()
     monkeypatch.setattr(benchmark, "NUM_LABELS", 10)
     monkeypatch.setattr(benchmark, "CLASSIFIERS", models)
@@ -126,6 +126,8 @@ def test_runs_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "SEGMENTERS", nano_segmenters())
     monkeypatch.setattr(benchmark, "LOADED_DIGITS", 120)
     monkeypatch.setattr(benchmark, "LOADED_BATCH_SIZE", 2)
+    monkeypatch.setattr(benchmark, "GROWTH_SIDES", (32, 64))
+    monkeypatch.delitem(benchmark.SECTIONS, "compilation")
     output = tmp_path / "results.json"
     flags = "--sizes 32 64 --batch_sizes 1 2 --training_size 32 --training_batch_size 2 --released_sizes 128"
     flags += " --detection_sizes 64x96 --segmentation_sizes 64x64 --segmentation_training_size 64x64"
@@ -137,24 +139,50 @@ def test_runs_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
     assert run["machine"]["threads"] == torch.get_num_threads()
     assert run["machine"]["torch"] == torch.__version__
     assert [table["section"] for table in run["tables"]] == (
-        ["inference"] * 4 + ["training"] * 2 + ["detection"] + ["segmentation"] * 2 + ["released"] * 2
+        ["inference"] * 4
+        + ["growth"]
+        + ["training"] * 2
+        + ["detection"]
+        + ["segmentation"] * 2
+        + ["released"] * 2
+        + ["start_up"] * 2
     )
     printed = capsys.readouterr().out
     for table in run["tables"]:
         assert f"## {table['title']}\n" in printed
         for row in table["rows"]:
             assert all(value > 0 for key, value in row.items() if key not in ("model", "measured")), row
-    loader = run["tables"].pop(5)
-    for table in run["tables"]:
+    tables = {table["title"]: table for table in run["tables"]}
+    loader, growth = tables.pop("training from files"), tables.pop("growth from 32 x 32 to 64 x 64, batch 1")
+    imports, loading = tables.pop("import"), tables.pop("from_pretrained")
+    for table in tables.values():
         assert table["rows"][0]["speed_of_first"] == table["rows"][0]["memory_of_first"] == 1
-    assert [row["model"] for row in run["tables"][0]["rows"]] == ["ClusterFormer-T", "Swin-T", "ConvNeXt-T"]
-    assert all(table["largest_difference"] < 1e-3 for table in run["tables"] if table["section"] == "released")
+    assert all(table["largest_difference"] < 1e-3 for table in tables.values() if table["section"] == "released")
+    for table in (run["tables"][0], growth, loading):
+        assert [row["model"] for row in table["rows"]] == ["ClusterFormer-T", "Swin-T", "ConvNeXt-T"]
+    assert all(1 < row["memory_growth"] < 5 for row in growth["rows"])  # 4 times the pixels
+    assert [row["measured"] for row in imports["rows"]] == ["Swin of Transformers", "clusterformer_hf after it"]
 
     alone = {row["measured"]: row for row in loader["rows"]}
     assert list(alone) == ["loader alone", "model alone", "both together"]
     slower = min(alone[name]["samples_per_second"] for name in ("loader alone", "model alone"))
     assert all(row["of_slower"] == row["samples_per_second"] / slower for row in loader["rows"])
     assert "data workers: 1, model on one thread: to overlap, each needs an idle core for itself" in printed
+
+
+@pytest.mark.slow
+def test_compiled_models_run_beside_eager_ones(benchmark, monkeypatch, capsys):
+    """Two batch sizes, and a model that leaves the graph once."""
+    models = {"ours": nano_classifiers()["ClusterFormer-T"], "broken": BreaksGraph}
+    monkeypatch.setattr(benchmark, "CLASSIFIERS", models)
+    monkeypatch.setattr(benchmark, "COMPILED_SIDE", 32)
+    flags = "--sections compilation --batch_sizes 1 2 --rounds 1 --min_seconds 0 --devices cpu"
+    (run,) = benchmark.main(flags.split())["runs"]
+    assert [table["title"] for table in run["tables"]] == [f"torch.compile, 32 x 32, batch {size}" for size in (1, 2)]
+    for table in run["tables"]:
+        assert {row["model"]: row["graph_breaks"] for row in table["rows"]} == {"ours": 0, "broken": 1}
+        assert all(row["compiled_speed"] > 0 for row in table["rows"])
+    assert "| graph breaks |" in capsys.readouterr().out
 
 
 def test_ratios_are_against_the_first(benchmark, monkeypatch):
@@ -185,6 +213,13 @@ def test_gmacs_equal_a_hand_count(benchmark):
     assert benchmark.forward_gmacs(benchmark.convnext().eval(), torch.randn(1, 3, 64, 64)) == pytest.approx(
         macs / 1e9, rel=1e-12
     )
+
+
+class BreaksGraph(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        doubled = 2 * images
+        torch._dynamo.graph_break()
+        return doubled + 1
 
 
 class Attention(nn.Module):
