@@ -30,7 +30,7 @@ from learning_curves import (
     ComparisonArguments,
     add_missing_runs,
     chosen_models,
-    initialise_as_the_paper,
+    initialise_to_learn_from_scratch,
     learning_curve,
     markdown,
 )
@@ -106,10 +106,10 @@ def resnet(**kwargs) -> ResNetConfig:
 
 def for_training_from_scratch(model: PreTrainedModel) -> PreTrainedModel:
     """
-    DETR or Deformable DETR, started as in its paper and with norms in the backbone that are trained: they freeze them,
-    which suits pretrained weights only.
+    DETR or Deformable DETR with initial values to learn from, and with norms in the backbone that are trained: they
+    freeze them, which suits pretrained weights only.
     """
-    initialise_as_the_paper(model, model.model.encoder.layers, model.model.decoder.layers)
+    initialise_to_learn_from_scratch(model, model.model.encoder.layers, model.model.decoder.layers)
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child).__name__.endswith("FrozenBatchNorm2d"):
@@ -153,7 +153,9 @@ def rt_detr(size: int) -> PreTrainedModel:
         freeze_backbone_batch_norms=False,
         **TRANSFORMER,
     )
-    return RTDetrForObjectDetection(config)
+    model = RTDetrForObjectDetection(config)
+    initialise_to_learn_from_scratch(model, model.model.decoder.layers)
+    return model
 
 
 # Model, learning rate, and the processor that reads its outputs.
@@ -161,7 +163,7 @@ MODELS = {
     "clusterformer": (clusterformer, 1e-3, DeformableDetrImageProcessor),
     "detr": (detr, 5e-4, DetrImageProcessor),
     "deformable_detr": (deformable_detr, 5e-4, DeformableDetrImageProcessor),
-    "rt_detr": (rt_detr, 5e-4, RTDetrImageProcessor),
+    "rt_detr": (rt_detr, 1e-3, RTDetrImageProcessor),
 }
 
 

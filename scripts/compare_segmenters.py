@@ -35,7 +35,7 @@ from learning_curves import (
     ComparisonArguments,
     add_missing_runs,
     chosen_models,
-    initialise_as_the_paper,
+    initialise_to_learn_from_scratch,
     learning_curve,
     markdown,
 )
@@ -130,6 +130,7 @@ def swin(size: int) -> SwinConfig:
         depths=DEPTHS,
         num_heads=[1, 2, 4, 8],
         window_size=6,
+        drop_path_rate=0.0,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
 
@@ -162,7 +163,7 @@ def maskformer(size: int) -> PreTrainedModel:
         num_labels=NUM_LABELS,
     )
     model = MaskFormerForInstanceSegmentation(config)
-    initialise_as_the_paper(model, model.model.transformer_module.decoder.layers)
+    initialise_to_learn_from_scratch(model, model.model.transformer_module.decoder.layers)
     return model
 
 
@@ -183,7 +184,10 @@ def mask2former(size: int) -> PreTrainedModel:
         train_num_points=NUM_POINTS,
         num_labels=NUM_LABELS,
     )
-    return Mask2FormerForUniversalSegmentation(config)
+    model = Mask2FormerForUniversalSegmentation(config)
+    pixels, queries = model.model.pixel_level_module.decoder.encoder, model.model.transformer_module.decoder
+    initialise_to_learn_from_scratch(model, pixels.layers, queries.layers)
+    return model
 
 
 def segformer(size: int) -> PreTrainedModel:
@@ -195,14 +199,20 @@ def segformer(size: int) -> PreTrainedModel:
         strides=[2, 2, 2, 2],
         sr_ratios=[8, 4, 2, 1],
         decoder_hidden_size=DIM,
+        drop_path_rate=0.0,
+        classifier_dropout_prob=0.0,
         num_labels=NUM_LABELS,
     )
-    return SegformerForSemanticSegmentation(config)
+    model = SegformerForSemanticSegmentation(config)
+    initialise_to_learn_from_scratch(model)
+    return model
 
 
 def upernet(size: int) -> PreTrainedModel:
     config = UperNetConfig(backbone_config=swin(size), hidden_size=DIM, use_auxiliary_head=False, num_labels=NUM_LABELS)
-    return UperNetForSemanticSegmentation(config)
+    model = UperNetForSemanticSegmentation(config)
+    initialise_to_learn_from_scratch(model)
+    return model
 
 
 # Model and learning rate: half of ours for the peers with a Swin, as for the peers among the detectors.

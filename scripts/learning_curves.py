@@ -38,6 +38,7 @@ from clusterformer_hf.provenance import environment, machine
 WARM_UP_STEPS = 150
 WEIGHT_DECAY = 0.05
 MAX_GRAD_NORM = 1.0
+DRAWN = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.LayerNorm, torch.nn.GroupNorm)
 
 
 @dataclass
@@ -104,19 +105,22 @@ def learning_curve(
     return curve
 
 
-def initialise_as_the_paper(model: PreTrainedModel, *layers: torch.nn.ModuleList):
+def initialise_to_learn_from_scratch(model: PreTrainedModel, *layers: torch.nn.ModuleList):
     """
-    For DETR and what is made of it: Xavier's matrices in the transformer's layers and learned queries from a standard
-    normal distribution. transformers draws both with a deviation of 0.02. From there the queries of a small model stay
-    alike and, but for dropout in training, all find the same object.
+    PyTorch's own initial values, which depend on the width, with Xavier's matrices in the transformer's `layers` and
+    learned queries from a standard normal distribution, as the papers' code has them. transformers draws nearly all
+    with a deviation of 0.01 or 0.02, even the weights of RT-DETR's batch norms, which is for loading weights over:
+    from there a small model hardly learns, and DETR's queries stay alike.
     """
-    for name, matrix in torch.nn.ModuleList(layers).named_parameters():
-        # Where deformable attention looks first is a pattern, not random.
-        if matrix.ndim > 1 and "sampling_offsets" not in name and "attention_weights" not in name:
-            torch.nn.init.xavier_uniform_(matrix)
     for name, module in model.named_modules():
+        # Zeros and priors are no accident: where deformable attention looks first, the class heads' biases.
+        if isinstance(module, DRAWN) and module.weight.any() and (module.bias is None or not module.bias.any()):
+            module.reset_parameters()
         if isinstance(module, torch.nn.Embedding) and "quer" in name:
             torch.nn.init.normal_(module.weight)
+    for matrix in torch.nn.ModuleList(layers).parameters():
+        if matrix.ndim > 1 and matrix.any():
+            torch.nn.init.xavier_uniform_(matrix)
 
 
 def add_missing_runs(
