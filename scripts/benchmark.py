@@ -446,10 +446,7 @@ def compilation_row(name: str, model: nn.Module, images: torch.Tensor, settings:
         graph_breaks = torch._dynamo.explain(model)(images).graph_break_count
     torch.compiler.reset()
     runs = [partial(forward, each, images) for each in (model, torch.compile(model))]
-    for run in runs:
-        run()
-    times, _ = interleaved_medians(runs, settings.arguments.rounds, settings.arguments.min_seconds)
-    eager, compiled = (1e3 * time for time in times)
+    eager, compiled = warm_milliseconds(runs, settings)
     return {
         "model": name,
         "compiled_speed": eager / compiled,
@@ -475,10 +472,7 @@ def start_up(settings: Settings):
 def loading_row(name: str, model: PreTrainedModel, folder: Path, settings: Settings) -> dict:
     model.save_pretrained(folder)
     runs = [partial(type(model).from_pretrained, folder), (folder / SAFE_WEIGHTS_NAME).read_bytes]
-    for run in runs:
-        run()
-    times, _ = interleaved_medians(runs, settings.arguments.rounds, settings.arguments.min_seconds)
-    loading, reading = (1e3 * time for time in times)
+    loading, reading = warm_milliseconds(runs, settings)
     return {
         "model": name,
         "times_reading": loading / reading,
@@ -588,6 +582,13 @@ def interleaved_medians(runs: list[Callable[[], object]], rounds: int, min_secon
     while len(times) < rounds or timer() - start < min_seconds:
         times.append([seconds(run, repeat) for run, repeat in zip(runs, repeats)])
     return [median(column) for column in zip(*times)], len(times)
+
+
+def warm_milliseconds(runs: list[Callable[[], object]], settings: Settings) -> list[float]:
+    for run in runs:
+        run()
+    times, _ = interleaved_medians(runs, settings.arguments.rounds, settings.arguments.min_seconds)
+    return [1e3 * time for time in times]
 
 
 def table(title: str, contestants: list[Contestant], settings: Settings, batch_size: int) -> dict:
