@@ -71,7 +71,7 @@ def gaussian_tables(place, positions, spatial_weight, center_mask=None) -> tuple
     return rows if center_mask is None else rows + center_mask, columns
 
 
-def expectation(keys, queries, tables, mask=None) -> torch.Tensor:
+def expectation(keys, queries, tables, weights=None) -> torch.Tensor:
     """
     E-step: every pixel distributes itself over the centres by feature and position.
 
@@ -79,10 +79,11 @@ def expectation(keys, queries, tables, mask=None) -> torch.Tensor:
         keys (`torch.Tensor` of shape `(batch, heads, height * width, d)`): Pixel features.
         queries (`torch.Tensor` of shape `(batch, heads, K, d)`): Centre features, scaled by the temperature.
         tables (`tuple[torch.Tensor, torch.Tensor]`): See [`gaussian_tables`].
-        mask (`torch.Tensor` of shape `(batch, 1, height * width, 1)`, *optional*): Real pixels.
+        weights (`torch.Tensor` of shape `(batch, 1 or heads, height * width, 1)`, *optional*):
+            How much a pixel counts, 1 if not given; a boolean mask of the real pixels, or weights in [0, 1].
 
     Returns:
-        `torch.Tensor` of shape `(batch, heads, height * width, K)` that sums to 1 over K, and to 0 at padded pixels.
+        `torch.Tensor` of shape `(batch, heads, height * width, K)` that sums to a pixel's weight over K.
     """
     rows, columns = (table.expand(*keys.shape[:2], -1, -1) for table in tables)
     gaussian = (rows[:, :, :, None] + columns[:, :, None]).flatten(2, 3).flatten(0, 1)
@@ -91,7 +92,8 @@ def expectation(keys, queries, tables, mask=None) -> torch.Tensor:
     out = None if keeps_tables else gaussian
     logits = torch.baddbmm(gaussian, keys.flatten(0, 1), queries.flatten(0, 1).mT, out=out)
     assignments = torch.softmax(logits, dim=-1, out=out).unflatten(0, keys.shape[:2])
-    return assignments if mask is None else assignments * mask.to(assignments.dtype)
+    weighted = None if keeps_tables else assignments
+    return assignments if weights is None else torch.mul(assignments, weights.to(assignments.dtype), out=weighted)
 
 
 def sum_assigned(assignments, values, map_size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -111,15 +113,15 @@ class ClusterSums(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, keys, values, queries, rows, columns, mask):
-        ctx.save_for_backward(keys, values, queries, rows, columns, mask)
-        chunks = in_chunks(keys, values, queries, rows, columns, mask)
+    def forward(ctx, keys, values, queries, rows, columns, weights):
+        ctx.save_for_backward(keys, values, queries, rows, columns, weights)
+        chunks = in_chunks(keys, values, queries, rows, columns, weights)
         parts = zip(*(ClusterSums.forward_of_heads(*chunk) for chunk in chunks))
         return tuple(join_heads(part) for part in parts)
 
     @staticmethod
-    def forward_of_heads(keys, values, queries, rows, columns, mask):
-        assignments = expectation(keys, queries, (rows, columns), mask)
+    def forward_of_heads(keys, values, queries, rows, columns, weights):
+        assignments = expectation(keys, queries, (rows, columns), weights)
         return sum_assigned(assignments, values, (rows.shape[2], columns.shape[2]))
 
     @staticmethod
@@ -127,20 +129,29 @@ class ClusterSums(torch.autograd.Function):
     def backward(ctx, *gradients):
         chunks = in_chunks(*ctx.saved_tensors, *gradients)
         parts = zip(*(ClusterSums.backward_of_heads(*chunk) for chunk in chunks))
-        return *(join_heads(part) for part in parts), None
+        *of_inputs, of_weights = (join_heads(part) for part in parts)
+        return *of_inputs, of_weights if ctx.needs_input_grad[-1] else None
 
     @staticmethod
-    def backward_of_heads(keys, values, queries, rows, columns, mask, of_sums, of_rows, of_columns):
+    def backward_of_heads(keys, values, queries, rows, columns, weights, of_sums, of_rows, of_columns):
         shape = keys.shape[:2]
-        assignments = expectation(keys, queries, (rows, columns), mask).flatten(0, 1)
+        assignments = expectation(keys, queries, (rows, columns)).flatten(0, 1)
         of_sums = of_sums.flatten(0, 1)
         gradient = (of_rows[:, :, :, None] + of_columns[:, :, None]).flatten(2, 3).flatten(0, 1)
         gradient.baddbmm_(values.flatten(0, 1), of_sums.mT).mul_(assignments)
-        gradient.addcmul_(assignments, gradient.sum(dim=-1, keepdim=True), value=-1)  # of the logits, by the softmax
+        of_weights = gradient.sum(dim=-1, keepdim=True)
+        gradient.addcmul_(assignments, of_weights, value=-1)  # of the logits, by the softmax
+        of_values = assignments @ of_sums
+        if weights is not None:
+            weights = weights.to(keys.dtype).expand(*shape, -1, -1).flatten(0, 1)
+            gradient.mul_(weights)
+            of_values = of_values * weights
         grid = gradient.unflatten(0, shape).unflatten(2, (rows.shape[2], columns.shape[2]))
         of_keys, of_queries = gradient @ queries.flatten(0, 1), gradient.mT @ keys.flatten(0, 1)
-        heads = (of_keys, assignments @ of_sums, of_queries)
-        return *(tensor.unflatten(0, shape) for tensor in heads), grid.sum(dim=3), grid.sum(dim=2)
+        of_keys, of_values, of_queries, of_weights = (
+            tensor.unflatten(0, shape) for tensor in (of_keys, of_values, of_queries, of_weights)
+        )
+        return of_keys, of_values, of_queries, grid.sum(dim=3), grid.sum(dim=2), of_weights
 
 
 def in_chunks(keys, *tensors) -> Iterator[tuple[torch.Tensor | None, ...]]:
@@ -158,12 +169,15 @@ def join_heads(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def sum_pixels(keys, values, queries, tables, mask=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """E-step and the sums of the M-step behind it: arguments of [`expectation`], results of [`sum_assigned`]."""
+def sum_pixels(keys, values, queries, tables, weights=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    E-step and the sums of the M-step behind it: arguments of [`expectation`], results of [`sum_assigned`]. Weights that
+    are learned are given for each head.
+    """
     rows, columns = (table.expand(*keys.shape[:2], -1, -1) for table in tables)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return ClusterSums.forward_of_heads(keys, values, queries, rows, columns, mask)
-    return ClusterSums.apply(keys, values, queries, rows, columns, mask)
+        return ClusterSums.forward_of_heads(keys, values, queries, rows, columns, weights)
+    return ClusterSums.apply(keys, values, queries, rows, columns, weights)
 
 
 def maximization(sums, positions, pixel_extent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -47,6 +47,7 @@ from .decoder_clusterformer import (
     ClusterFormerClassHead,
     ClusterFormerDecoder,
     ClusterFormerMaskHead,
+    ClusterFormerPartOffset,
     ClusterFormerPyramidClustering,
     DecoderOutput,
 )
@@ -574,6 +575,9 @@ class ClusterFormerPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ClusterFormerBoxDelta):
             init.zeros_(module.weight)
+        elif isinstance(module, ClusterFormerPartOffset):
+            init.zeros_(module.weight)
+            init.copy_(module.bias, module.even_offsets())
         elif isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, ClusterFormerClassHead):
@@ -590,6 +594,8 @@ class ClusterFormerPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, math.log(10.0))
             if module.spatial_weight is not None:
                 init.constant_(module.spatial_weight, math.log(math.e - 1))  # softplus gives 1
+            if isinstance(module, ClusterFormerPyramidClustering):
+                init.constant_(module.part_scale, math.log(0.5))
         elif isinstance(module, ClusterFormerReleasedClustering):
             init.ones_(module.sim_alpha)
             init.zeros_(module.sim_beta)

@@ -147,20 +147,24 @@ def test_maximization_survives_an_empty_cluster():
     assert weights.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("is_padded", [False, True])
-def test_sums_have_the_gradients_of_kept_assignments(is_padded, monkeypatch):
+@pytest.mark.parametrize("weighting", [None, "mask", "weights"])
+def test_sums_have_the_gradients_of_kept_assignments(weighting, monkeypatch):
     """`sum_pixels` computes assignments again in the backward pass, two heads at a time here."""
     monkeypatch.setattr(clustering_clusterformer, "HEAD_CHUNK", 2 * 2 * 12 * 5)
     shapes = {"keys": (2, 3, 12, 4), "values": (2, 3, 12, 4), "queries": (2, 3, 5, 4)}
     shapes |= {"rows": (1, 3, 3, 5), "columns": (2, 1, 4, 5)}
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
-    mask = torch.arange(12)[None, None, :, None] < torch.tensor([12, 7]).view(2, 1, 1, 1) if is_padded else None
+    mask = None
+    if weighting == "mask":
+        mask = torch.arange(12)[None, None, :, None] < torch.tensor([12, 7]).view(2, 1, 1, 1)
+    elif weighting == "weights":
+        inputs.append(torch.rand(2, 3, 12, 1, dtype=torch.float64, requires_grad=True))
 
-    def kept(keys, values, queries, *tables):
-        return sum_assigned(expectation(keys, queries, tables, mask), values, (3, 4))
+    def kept(keys, values, queries, rows, columns, weights=mask):
+        return sum_assigned(expectation(keys, queries, (rows, columns), weights), values, (3, 4))
 
-    def computed_again(keys, values, queries, *tables):
-        return sum_pixels(keys, values, queries, tables, mask)
+    def computed_again(keys, values, queries, rows, columns, weights=mask):
+        return sum_pixels(keys, values, queries, (rows, columns), weights)
 
     weights = [torch.randn_like(tensor) for tensor in kept(*inputs)]
     gradients = []

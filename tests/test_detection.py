@@ -85,11 +85,18 @@ def test_documented_shapes_and_switches():
 
 
 def test_a_box_starts_as_the_moments_of_its_pixels():
+    """Of all heads together, every pixel as often as the head lets it count."""
     model = nano_detector().double()  # box heads start at zero
+    logits = []
+    layer = model.decoder.layers[-1].clustering
+    layer.pixel_weight.register_forward_hook(lambda module, args, output: logits.append(output[0].mT))
     with torch.no_grad():
         outputs = model(images(1, 3, 64, 96).double(), output_cluster_assignments=True)
+    levels = [level[0] for level in outputs.decoder_cluster_assignments[-1]]  # (heads, K, height, width)
+    counts = logits[0].sigmoid().split([level[0, 0].numel() for level in levels], dim=1)
+    assert counts[0].std() > 0.05
+    weights = [(level * count.view_as(level[:, :1])).sum(dim=0) for level, count in zip(levels, counts)]
     total, moments = 0, [[0, 0], [0, 0]]
-    weights = [level[0].sum(dim=0) for level in outputs.decoder_cluster_assignments[-1]]  # (K, height, width)
     for level in weights:
         total = total + level.sum(dim=(1, 2))
     for axis in range(2):
@@ -107,6 +114,21 @@ def test_a_box_starts_as_the_moments_of_its_pixels():
         moments[axis] = [mean, (12 * spread / total).sqrt()]
     expected = torch.stack([moments[1][0], moments[0][0], moments[1][1], moments[0][1]], dim=-1)
     torch.testing.assert_close(outputs.pred_boxes[0], expected.clamp(1e-3, 1 - 1e-3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+def test_heads_start_from_parts_that_make_up_the_cluster(heads):
+    """Evenly around its mean, each smaller than the cluster, all together about as large; in units of its extent."""
+    clustering = nano_detector(decoder_attention_heads=heads).decoder.layers[0].clustering.double()
+    mean, extent = torch.tensor([[[0.5, 0.4]]]).double(), torch.tensor([[[0.1, 0.05]]]).double()
+    with torch.no_grad():
+        offset = clustering.part_offset(torch.randn(1, 1, 32).double())
+        means, variances = clustering.parts(mean, extent.square(), offset)
+    assert len({tuple(place) for place in means[0, :, 0].tolist()}) == heads
+    torch.testing.assert_close(means.mean(dim=1), mean)
+    torch.testing.assert_close(variances, extent.square()[:, None].expand_as(variances) / 2)
+    together = (variances + (means - mean[:, None]).square()).mean(dim=1).sqrt()
+    assert ((together / extent > 0.7) & (together / extent < 1.1)).all()
 
 
 def test_moments_of_boxes_and_boxes_of_moments():
