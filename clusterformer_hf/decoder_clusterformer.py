@@ -229,8 +229,8 @@ class ClusterFormerPyramidClustering(nn.Module):
 
         Returns:
             The centres' update (batch, K, dim), the mean and variance of all heads' weighted pixels (batch, K, 2) and
-            the last assignments of each level (batch, heads, height * width, K), unweighted: their sum over K is 1 at
-            real pixels and 0 at padded ones.
+            the last assignments of each level (batch, heads, height * width, K), whose sum over K is the weight of a
+            pixel: in (0, 1) at real pixels and 0 at padded ones.
         """
         placed = features + embeddings
         keys, values = split_heads(self.key(placed), self.num_heads), split_heads(self.value(features), self.num_heads)
@@ -250,8 +250,7 @@ class ClusterFormerPyramidClustering(nn.Module):
                 levels = list(zip(keys, values, tables, weights))
                 sums = [sum_pixels(pixels, of, queries, table, weight) for pixels, of, table, weight in levels]
                 if output_assignments and i == self.num_iterations - 1:
-                    levels = list(zip(keys, tables, geometry.masks))
-                    assignments = [expectation(pixels, queries, table, mask) for pixels, table, mask in levels]
+                    assignments = [expectation(pixels, queries, table, weight) for pixels, _, table, weight in levels]
                 centers, mass, mean, variance = maximization(sums, geometry)
             mean, variance = mixture_moments(mass, mean, variance)
         update = centers.transpose(1, 2).flatten(2).to(features.dtype)

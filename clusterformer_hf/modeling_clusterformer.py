@@ -134,8 +134,9 @@ class ClusterFormerObjectDetectionOutput(ModelOutput):
         decoder_cluster_assignments (`tuple[tuple[torch.FloatTensor]]`, *optional*, returned when
             `output_cluster_assignments=True`):
             For each decoder layer and in it for each pyramid level, finest first, `(batch_size, heads, K, height,
-            width)`: the share of every pixel in every centre. Sums to 1 over K at real pixels and is 0 at padded ones.
-            The boxes are read from it.
+            width)`: the share of every pixel in every centre, times how much the pixel counts. Its sum over K is in (0,
+            1) at real pixels, small where the decoder sees background, and 0 at padded ones. The boxes are read from
+            it.
     """
 
     loss: torch.FloatTensor | None = None

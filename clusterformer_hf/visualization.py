@@ -190,7 +190,7 @@ def box_assignment(outputs: ModelOutput, index: int, query: int, layer: int = -1
 
     Returns:
         `np.ndarray` of shape `(height, width)` and dtype float64 with values in [0, 1]: the finest level's pixels that
-        are no padding. The maps of all centres sum to 1 at every pixel.
+        are no padding. The maps of all centres sum to at most 1 at a pixel.
 
     Raises:
         `ValueError`: if `outputs` holds no such assignments, or no such layer, image or centre.

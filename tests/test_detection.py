@@ -79,24 +79,18 @@ def test_documented_shapes_and_switches():
     assert shapes == [[(2, 4, 9, 12, 16), (2, 4, 9, 6, 8), (2, 4, 9, 3, 4)]] * 2
     for layer in asked.decoder_cluster_assignments:
         for level in layer:
-            torch.testing.assert_close(level.sum(dim=2), torch.ones_like(level[:, :, 0]))
+            weights = level.sum(dim=2)
+            assert ((weights > 0) & (weights < 1)).all() and weights.std() > 0.01
     # One prediction of the encoder's centres, one of the first layer; the last layer's is the output.
     assert [set(output) for output in trained.auxiliary_outputs] == [{"logits", "pred_boxes"}] * 2
 
 
 def test_a_box_starts_as_the_moments_of_its_pixels():
-    """Of all heads together, every pixel as often as the head lets it count."""
     model = nano_detector().double()  # box heads start at zero
-    logits = []
-    layer = model.decoder.layers[-1].clustering
-    layer.pixel_weight.register_forward_hook(lambda module, args, output: logits.append(output[0].mT))
     with torch.no_grad():
         outputs = model(images(1, 3, 64, 96).double(), output_cluster_assignments=True)
-    levels = [level[0] for level in outputs.decoder_cluster_assignments[-1]]  # (heads, K, height, width)
-    counts = logits[0].sigmoid().split([level[0, 0].numel() for level in levels], dim=1)
-    assert counts[0].std() > 0.05
-    weights = [(level * count.view_as(level[:, :1])).sum(dim=0) for level, count in zip(levels, counts)]
     total, moments = 0, [[0, 0], [0, 0]]
+    weights = [level[0].sum(dim=0) for level in outputs.decoder_cluster_assignments[-1]]  # (K, height, width)
     for level in weights:
         total = total + level.sum(dim=(1, 2))
     for axis in range(2):

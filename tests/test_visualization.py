@@ -57,6 +57,8 @@ def detect(pixel_values, pixel_mask=None, dtype=torch.float64):
     """Outputs of a new detector with clusters; its boxes are the moments, since the refinement starts at zero."""
     torch.manual_seed(0)
     model = ClusterFormerForObjectDetection(ClusterFormerConfig(**NANO)).eval().to(dtype)
+    for layer in model.decoder.layers:
+        torch.nn.init.normal_(layer.clustering.pixel_weight.weight)  # some pixels count, others do not
     with torch.no_grad():
         return model(pixel_values.to(dtype), pixel_mask, output_cluster_assignments=True)
 
@@ -105,13 +107,14 @@ def test_boxes_are_the_moments_where_levels_do_not_align():
                 assert difference.max() < 0.1
 
 
-def test_maps_of_all_centres_share_out_every_pixel():
+def test_maps_of_all_centres_share_out_what_every_pixel_counts():
     outputs = detect(*padded_batch())
     for index in range(2):
         for layer in range(2):
             maps = np.stack(heats(outputs, index, layer=layer))
             assert maps.min() >= 0 and maps.max() <= 1
-            np.testing.assert_allclose(maps.sum(axis=0), 1, atol=1e-9)
+            counts = maps.sum(axis=0)
+            assert counts.min() > 0 and counts.max() < 1 and np.ptp(counts) > 0.1
     first, last = (box_assignment(outputs, 0, 0, layer=layer) for layer in (0, 1))
     assert np.abs(first - last).max() > 1e-3
     np.testing.assert_array_equal(last, box_assignment(outputs, 0, 0))
@@ -127,7 +130,8 @@ def test_maps_of_a_padded_image_are_those_of_the_image_alone():
 
 def test_maps_are_read_from_half_precision():
     outputs = detect(torch.randn(1, 3, 64, 64), dtype=torch.bfloat16)
-    np.testing.assert_allclose(np.sum(heats(outputs, 0), axis=0), 1, atol=1e-4)
+    boxes = [box_of_moments(heat) for heat in heats(outputs, 0)]
+    np.testing.assert_allclose(boxes, outputs.pred_boxes[0], atol=1e-3)
 
 
 def test_spread_over():
