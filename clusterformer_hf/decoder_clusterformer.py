@@ -261,7 +261,8 @@ class ClusterFormerPyramidClustering(nn.Module):
         Mean and variance, (batch, heads, K, 2), of the heads' parts of clusters of (batch, K, 2), for offsets (batch,
         K, heads * 2).
         """
-        offset = split_heads(offset, self.num_heads)
+        # Contiguous, or all tables made of it would lie in the order of its memory, and be copied.
+        offset = split_heads(offset, self.num_heads).contiguous()
         mean, variance = mean[:, None] + offset * variance.sqrt()[:, None], variance[:, None]
         variance = variance * self.part_scale.to(variance.dtype).exp()
         return mean, variance.clamp(MIN_EXTENT**2, MAX_EXTENT**2)
