@@ -128,8 +128,8 @@ class PyramidGeometry:
         # (batch, 1, N, 1) each
         self.masks = [None if level.mask is None else level.mask.flatten(1, 2)[:, None] for level in levels]
 
-    def mask(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Zeros at the padded pixels of each level, (batch, heads, height * width, d)."""
+    def zero_padding(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The levels, (batch, heads, height * width, d) each, with zeros at padded pixels."""
         return [level if mask is None else level * mask.to(level.dtype) for level, mask in zip(levels, self.masks)]
 
     def split(self, pixels: torch.Tensor) -> list[torch.Tensor]:
@@ -185,9 +185,9 @@ class ClusterFormerPyramidClustering(nn.Module):
     Recurrent cross-attention clustering (Eq. 3) of a pyramid's pixels, in feature and position as in the encoder. The
     pixels of all levels are clustered together.
 
-    Two things are learned beside the paper's, for clusters that are objects (AP .448, .519 with the first and .574 with
-    both after twelve minutes of training on digit scenes, on one core): for each head how much a pixel counts in the
-    M-step, so that background may count for nothing, and a part of the cluster that a head starts from.
+    Two things are learned beside the paper's, for clusters that are objects: for each head how much a pixel counts in
+    the M-step, so that background may count for nothing, and a part of the cluster that a head starts from. With both,
+    an AP of .806 on digit scenes takes 76,000 of them instead of 128,000 (`scripts/compare_detectors.py`).
     """
 
     def __init__(self, config: ClusterFormerConfig):
@@ -242,7 +242,7 @@ class ClusterFormerPyramidClustering(nn.Module):
             keys, values = F.normalize(keys.to(dtype), dim=-1), values.to(dtype)
             # Contiguous, or the products of every iteration would copy them again.
             keys, values = (geometry.split(pixels.contiguous()) for pixels in (keys, values))
-            weights = geometry.mask(geometry.split(weights.to(dtype).mT[..., None]))
+            weights = geometry.zero_padding(geometry.split(weights.to(dtype).mT[..., None]))
             mean, variance = self.parts(mean.to(dtype), variance.to(dtype), offset.to(dtype))
             centers = centers.to(dtype)
             for i in range(self.num_iterations):

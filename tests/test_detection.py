@@ -80,9 +80,27 @@ def test_documented_shapes_and_switches():
     for layer in asked.decoder_cluster_assignments:
         for level in layer:
             weights = level.sum(dim=2)
-            assert ((weights > 0) & (weights < 1)).all() and weights.std() > 0.01
+            assert ((weights > 0) & (weights < 1)).all()
     # One prediction of the encoder's centres, one of the first layer; the last layer's is the output.
     assert [set(output) for output in trained.auxiliary_outputs] == [{"logits", "pred_boxes"}] * 2
+
+
+def test_assignments_of_a_pixel_sum_to_its_weight():
+    """To what the layer's own linear map says, and to nothing at padded pixels."""
+    model, logits = nano_detector(), []
+    for layer in model.decoder.layers:
+        layer.clustering.pixel_weight.register_forward_hook(lambda module, args, output: logits.append(output))
+    pixel_mask = torch.ones(2, 96, 128)
+    pixel_mask[1, 64:], pixel_mask[1, :, 96:] = 0, 0
+    with torch.no_grad():
+        outputs = model(images(2, 3, 96, 128), pixel_mask, output_cluster_assignments=True)
+    for levels, logit in zip(outputs.decoder_cluster_assignments, logits, strict=True):
+        sums = torch.cat([level.sum(dim=2).flatten(2) for level in levels], dim=-1)
+        weights = logit.sigmoid().mT
+        assert weights.std() > 0.01
+        torch.testing.assert_close(sums[0], weights[0])
+        real = torch.cat([pixel_mask[1, ::stride, ::stride].flatten() for stride in (8, 16, 32)])
+        torch.testing.assert_close(sums[1], weights[1] * real)
 
 
 def test_a_box_starts_as_the_moments_of_its_pixels():
