@@ -76,10 +76,11 @@ def learning_curve(
         For each evaluation the samples seen, the processor time in minutes and what `evaluate` returned.
     """
     model.train()
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    # Without decay: biases, norms, and temperatures of heads, (heads, 1, 1).
+    matrices = [parameter for parameter in model.parameters() if parameter.squeeze().ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.squeeze().ndim <= 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     budget, spent, steps, epoch, curve = 60 * args.cpu_minutes, 0.0, 0, 0, []
     while spent < budget:
         start_epoch(epoch)
