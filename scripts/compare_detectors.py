@@ -91,7 +91,7 @@ def clusterformer(size: int) -> PreTrainedModel:
         num_iterations=1,
         initializer_range=0.06,
         decoder_hidden_size=DIM,
-        decoder_layers=2,
+        decoder_layers=1,
         decoder_attention_heads=HEADS,
         decoder_ffn_dim=4 * DIM,
         decoder_num_iterations=1,
@@ -160,7 +160,7 @@ def rt_detr(size: int) -> PreTrainedModel:
 
 # Model, learning rate, and the processor that reads its outputs.
 MODELS = {
-    "clusterformer": (clusterformer, 1e-3, DeformableDetrImageProcessor),
+    "clusterformer": (clusterformer, 1.5e-3, DeformableDetrImageProcessor),
     "detr": (detr, 5e-4, DetrImageProcessor),
     "deformable_detr": (deformable_detr, 5e-4, DeformableDetrImageProcessor),
     "rt_detr": (rt_detr, 1e-3, RTDetrImageProcessor),
