@@ -18,6 +18,7 @@
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
+from .kernels_clusterformer import can_cluster, cluster
 
 
 # Bounds of a cluster's extent (one standard deviation), as a share of the image's side.
@@ -222,22 +224,23 @@ class StageGeometry:
         sr_ratio (`int`): Side of the cells that the map is averaged over before clustering.
         sizes (`torch.Tensor` of shape `(batch, 2)`, *optional*):
             Height and width of each image's real area on this map, where the batch is padded.
-        like (`torch.Tensor`): Gives the device and the dtype.
+        dtype (`torch.dtype`): Of the features; positions are in float32 or better.
+        device (`torch.device`): Of the features.
     """
 
-    def __init__(self, map_size, center_grid, sr_ratio, sizes, like):
+    def __init__(self, map_size, center_grid, sr_ratio, sizes, dtype, device):
         self.map_size, self.ratio = tuple(map_size), sr_ratio
         self.sample_size = tuple((side - 1) // sr_ratio + 1 for side in map_size)
         self.mask = pixel_mask_from_sizes(sizes, self.map_size)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        self.sizes = torch.tensor([self.map_size], device=like.device) if sizes is None else sizes
+        features_dtype, dtype = dtype, torch.promote_types(dtype, torch.float32)
+        self.sizes = torch.tensor([self.map_size], device=device) if sizes is None else sizes
         self.sample_extent = sr_ratio / self.sizes.to(dtype)
         sample_sizes = -(-self.sizes // sr_ratio)
         self.sample_mask = None if sizes is None else pixel_mask_from_sizes(sample_sizes, self.sample_size)
 
         grid = tuple(min(entry, side) for entry, side in zip(center_grid, self.sample_size))
-        grid_sizes = sample_sizes.clamp(max=torch.tensor(grid, device=like.device))
-        bins = [torch.arange(length, device=like.device)[None] for length in grid]
+        grid_sizes = sample_sizes.clamp(max=torch.tensor(grid, device=device))
+        bins = [torch.arange(length, device=device)[None] for length in grid]
         counts = grid_sizes.unsqueeze(-1).unbind(dim=1)
         self.mean = grid_of_pairs(*((index + 0.5).to(dtype) / count for index, count in zip(bins, counts)))[:, None]
         variance = (0.5 / grid_sizes.to(dtype)).square().clamp(MIN_EXTENT**2, MAX_EXTENT**2)
@@ -248,11 +251,18 @@ class StageGeometry:
             valid = grid_of_pairs(*(index < count for index, count in zip(bins, counts))).all(dim=-1)[:, None, None]
             self.center_mask = torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, float("-inf"))
         self.pooling = [
-            averaging_matrix(bins[axis], counts[axis], sample_sizes[:, axis, None], self.sample_size[axis], dtype)
+            averaging_matrix(
+                bins[axis], counts[axis], sample_sizes[:, axis, None], self.sample_size[axis], features_dtype
+            )
             for axis in range(2)
         ]
         self.dtype = dtype
         self.sample_positions = self.positions(sampled=True)
+        # As the kernels take them.
+        self.sample_pixels = pixels_of_map(self.sample_positions, self.sample_extent)
+        self.sample_weights = None if sizes is None else self.sample_mask.flatten(1)[:, None].to(dtype)
+        self.center_bias = None if sizes is None else self.center_mask.flatten(1)
+        self.place = torch.cat([self.mean, self.variance], dim=-1).mT.contiguous()
 
     def sample(self, features: torch.Tensor) -> torch.Tensor:
         """Averages (batch, height, width, channels) over the real pixels of each `sr_ratio`-sided cell."""
@@ -284,6 +294,31 @@ class StageGeometry:
             # A cell at the border of an image is smaller: its place is the mean of its own pixels.
             positions.append((start + torch.minimum(start + step, size)) / (2 * size))
         return tuple(positions)
+
+
+def stage_geometry(map_size, center_grid, sr_ratio, sizes, features) -> StageGeometry:
+    """The geometry of features; without padding it is a constant of the map's size, and kept."""
+    arguments = tuple(map_size), center_grid, sr_ratio, sizes, features.dtype, features.device
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(features) is not torch.Tensor
+    return StageGeometry(*arguments) if is_traced or sizes is not None else kept_geometry(*arguments)
+
+
+@lru_cache(maxsize=64)
+def kept_geometry(*arguments) -> StageGeometry:
+    with torch.inference_mode(False), torch.no_grad():  # or training could not use what inference has made
+        return StageGeometry(*arguments)
+
+
+def pixels_of_map(positions, pixel_extent) -> torch.Tensor:
+    """
+    Row and column of each pixel, and its own variance along both (see [`maximization`]), (1 or batch, 4, N), of the
+    positions of rows and columns and of the extent of a pixel.
+    """
+    rows, columns = positions
+    shape = (rows.shape[0], rows.shape[1], columns.shape[1])
+    own = (pixel_extent.square() / 12)[:, :, None, None].expand(-1, -1, *shape[1:])
+    grid = torch.stack([rows[:, :, None].expand(shape), columns[:, None].expand(shape)], dim=1)
+    return torch.cat([grid, own], dim=1).flatten(2)
 
 
 def averaging_matrix(bins, count, side, length, dtype) -> torch.Tensor:
@@ -376,6 +411,8 @@ class ClusterFormerRecurrentClustering(nn.Module):
         centers = centers + self.center_fc2(self.activation(self.center_fc1(centers)))
 
         with maybe_autocast(features.device.type, enabled=False):
+            if can_cluster(keys_values, centers.shape[2]):
+                return self.cluster_in_kernels(keys_values, centers, geometry)
             # Contiguous, or the products of every iteration would copy them again.
             keys, values = keys_values.to(geometry.dtype).permute(2, 0, 3, 1, 4).contiguous().unbind()
             keys, weights = F.normalize(keys, dim=-1), self.expectation_weights(geometry.dtype)
@@ -384,6 +421,23 @@ class ClusterFormerRecurrentClustering(nn.Module):
                 sums = sum_pixels(keys, values, *self.expectation_inputs(clusters, weights, geometry, sampled=True))
                 clusters = maximization(sums, geometry.sample_positions, geometry.sample_extent)
         return clusters
+
+    def cluster_in_kernels(self, keys_values, centers, geometry) -> tuple[torch.Tensor, ...]:
+        """The T E- and M-steps of `cluster` for pixels (batch, N, 2, heads, d)."""
+        centers, place, *_ = cluster(
+            *keys_values.unbind(dim=2),
+            centers.contiguous(),
+            geometry.place,
+            self.query.weight,
+            self.query.bias,
+            self.logit_scale,
+            self.spatial_weight,
+            geometry.sample_pixels,
+            geometry.sample_weights,
+            geometry.center_bias,
+            self.num_iterations,
+        )
+        return centers, *place.chunk(2, dim=2)
 
     def expectation_weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Temperature and spatial weight in the E-step's dtype, the same in all iterations."""

@@ -35,10 +35,13 @@ from .clustering_clusterformer import (
     ClusterFormerQuery,
     StageGeometry,
     expectation,
+    pixels_of_map,
     split_heads,
+    stage_geometry,
     sum_pixels,
 )
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
+from .kernels_clusterformer import can_cluster, cluster
 
 
 # Class logits of surplus centres: a score of 4e-9, and a focal loss that stays small where one must be matched.
@@ -124,7 +127,9 @@ class PyramidGeometry:
         self.map_sizes = [level.map_size for level in levels]
         self.positions = [level.positions(sampled=False) for level in levels]
         # A pixel's own variance, a twelfth of its squared side, is part of a cluster's, as in the encoder.
-        self.variances = [(1 / level.sizes.to(level.dtype)).square() / 12 for level in levels]
+        extents = [1 / level.sizes.to(level.dtype) for level in levels]
+        self.variances = [extent.square() / 12 for extent in extents]
+        self.pixels = torch.cat([pixels_of_map(*level) for level in zip(self.positions, extents)], dim=-1)
         # (batch, 1, N, 1) each
         self.masks = [None if level.mask is None else level.mask.flatten(1, 2)[:, None] for level in levels]
 
@@ -239,22 +244,43 @@ class ClusterFormerPyramidClustering(nn.Module):
         assignments = None
         with maybe_autocast(keys.device.type, enabled=False):
             dtype = torch.promote_types(keys.dtype, torch.float32)
-            keys, values = F.normalize(keys.to(dtype), dim=-1), values.to(dtype)
-            # Contiguous, or the products of every iteration would copy them again.
-            keys, values = (geometry.split(pixels.contiguous()) for pixels in (keys, values))
             weights = geometry.zero_padding(geometry.split(weights.to(dtype).mT[..., None]))
-            mean, variance = self.parts(mean.to(dtype), variance.to(dtype), offset.to(dtype))
-            centers = centers.to(dtype)
-            for i in range(self.num_iterations):
-                queries, tables = self.queries(centers), self.gaussians(mean, variance, geometry, center_mask)
-                levels = list(zip(keys, values, tables, weights))
-                sums = [sum_pixels(pixels, of, queries, table, weight) for pixels, of, table, weight in levels]
-                if output_assignments and i == self.num_iterations - 1:
-                    assignments = [expectation(pixels, queries, table, weight) for pixels, _, table, weight in levels]
-                centers, mass, mean, variance = maximization(sums, geometry)
+            clusters = centers.to(dtype), *self.parts(mean.to(dtype), variance.to(dtype), offset.to(dtype))
+            if can_cluster(keys.transpose(1, 2), centers.shape[2]) and not output_assignments:
+                *clusters, mass = self.cluster_in_kernels(keys, values, weights, clusters, geometry, center_mask)
+            else:
+                keys, values = F.normalize(keys.to(dtype), dim=-1), values.to(dtype)
+                # Contiguous, or the products of every iteration would copy them again.
+                pixels = [geometry.split(pixels.contiguous()) for pixels in (keys, values)]
+                for _ in range(self.num_iterations):
+                    inputs = self.expectation_inputs(clusters, geometry, center_mask)
+                    levels = list(zip(*pixels, *inputs, weights))
+                    *clusters, mass = maximization([sum_pixels(*level) for level in levels], geometry)
+                if output_assignments:
+                    assignments = [expectation(of_keys, *others) for of_keys, _, *others in levels]
+            centers, mean, variance = clusters
             mean, variance = mixture_moments(mass, mean, variance)
         update = centers.transpose(1, 2).flatten(2).to(features.dtype)
         return self.projection(update), mean, variance, assignments
+
+    def cluster_in_kernels(self, keys, values, weights, clusters, geometry, center_mask) -> tuple[torch.Tensor, ...]:
+        """The T E- and M-steps; results as of [`maximization`]."""
+        centers, mean, variance = clusters
+        centers, place, mass, *_ = cluster(
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            centers.contiguous(),
+            torch.cat([mean, variance], dim=-1).mT.contiguous(),
+            self.query.weight,
+            self.query.bias,
+            self.logit_scale,
+            self.spatial_weight,
+            geometry.pixels,
+            torch.cat(weights, dim=2)[..., 0],
+            None if center_mask is None else center_mask.flatten(1),
+            self.num_iterations,
+        )
+        return centers, *place.mT.chunk(2, dim=-1), mass[..., None]
 
     def parts(self, mean, variance, offset) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -267,15 +293,13 @@ class ClusterFormerPyramidClustering(nn.Module):
         variance = variance * self.part_scale.to(variance.dtype).exp()
         return mean, variance.clamp(MIN_EXTENT**2, MAX_EXTENT**2)
 
-    def queries(self, centers) -> torch.Tensor:
-        """Unit queries of the centres, (batch, heads, K, d), times the temperature."""
-        return F.normalize(self.query(centers), dim=-1) * self.logit_scale.to(centers.dtype).exp()
-
-    def gaussians(self, mean, variance, geometry, center_mask) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def expectation_inputs(self, clusters, geometry, center_mask) -> tuple[list, list]:
         """
-        For each level the logs of the centres' Gaussians along its rows, (batch, heads, height, K), and its columns,
-        (batch, heads, width, K): at a pixel their sum.
+        For each level what [`expectation`] takes beside the keys and the weights: the queries, and the logs of the
+        centres' Gaussians along its rows, (batch, heads, height, K), and its columns, (batch, heads, width, K).
         """
+        centers, mean, variance = clusters
+        queries = F.normalize(self.query(centers), dim=-1) * self.logit_scale.to(centers.dtype).exp()
         weight = -0.5 * F.softplus(self.spatial_weight.to(mean.dtype))[..., None] / variance[:, :, None]
         tables = []
         for positions in geometry.positions:
@@ -284,7 +308,7 @@ class ClusterFormerPyramidClustering(nn.Module):
                 for axis, position in enumerate(positions)
             )
             tables.append((rows if center_mask is None else rows + center_mask, columns))
-        return tables
+        return [queries] * len(tables), tables
 
 
 def maximization(sums, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:
@@ -295,8 +319,8 @@ def maximization(sums, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:
         sums (`list[tuple[torch.Tensor, ...]]`): Of each level, from [`sum_pixels`].
 
     Returns:
-        Centres (batch, heads, K, d), their masses (batch, heads, K, 1), means and variances of their positions
-        (batch, heads, K, 2).
+        Centres (batch, heads, K, d), means and variances of their positions (batch, heads, K, 2), and their masses
+        (batch, heads, K, 1).
     """
     values, *marginals = zip(*sums)
     mass = sum(rows.sum(dim=2) for rows in marginals[0]).clamp_min(MIN_MASS)
@@ -311,7 +335,7 @@ def maximization(sums, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:
         means.append(mean)
         variances.append(spread / mass)
     variance = torch.stack(variances, dim=-1).clamp(MIN_EXTENT**2, MAX_EXTENT**2)
-    return sum(values) / mass[..., None], mass[..., None], torch.stack(means, dim=-1), variance
+    return sum(values) / mass[..., None], torch.stack(means, dim=-1), variance, mass[..., None]
 
 
 def mixture_moments(mass, mean, variance) -> tuple[torch.Tensor, torch.Tensor]:
@@ -588,7 +612,7 @@ class ClusterFormerDecoder(nn.Module):
             stride = self.config.patch_size * 2**stage_idx
             level_sizes = None if sizes is None else -(-sizes // stride)
             grid, ratio = as_pair(self.config.center_grid[stage_idx]), self.config.sr_ratios[stage_idx]
-            geometries.append(StageGeometry(features.shape[-2:], grid, ratio, level_sizes, features))
+            geometries.append(stage_geometry(features.shape[-2:], grid, ratio, level_sizes, features))
         return geometries
 
     def read_boxes(self, i: int, centers, mean, variance) -> torch.Tensor:

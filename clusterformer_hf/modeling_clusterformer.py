@@ -39,6 +39,7 @@ from .clustering_clusterformer import (
     pixel_mask_from_sizes,
     runs_eagerly_on_cpu,
     split_heads,
+    stage_geometry,
 )
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
 from .decoder_clusterformer import (
@@ -494,7 +495,7 @@ class ClusterFormerStage(nn.Module):
             The stage's map, its centres (batch, K, channels) and its assignments (batch, heads, K, height, width).
         """
         hidden_states = self.downsample(hidden_states).contiguous(memory_format=torch.channels_last)
-        geometry = StageGeometry(hidden_states.shape[-2:], self.center_grid, self.sr_ratio, sizes, hidden_states)
+        geometry = stage_geometry(hidden_states.shape[-2:], self.center_grid, self.sr_ratio, sizes, hidden_states)
         for layer in self.layers[:-1]:
             hidden_states, *_ = layer(hidden_states, geometry)
         hidden_states, assignments, sample_assignments = self.layers[-1](

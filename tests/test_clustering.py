@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from clusterformer_hf import ClusterFormerConfig, clustering_clusterformer
 from clusterformer_hf.clustering_clusterformer import (
     ClusterFormerRecurrentClustering,
-    StageGeometry,
     expectation,
     gaussian_tables,
     maximization,
+    stage_geometry,
     sum_assigned,
     sum_pixels,
 )
@@ -89,7 +89,7 @@ def test_recurrent_clustering_equals_the_equations(size, num_iterations, spatial
     torch.manual_seed(0)
     clustering = make_clustering(num_iterations=num_iterations, spatial_clustering=spatial_clustering)
     features = torch.randn(2, *size, 12, dtype=torch.float64)
-    geometry = StageGeometry(size, (3, 2), 1, None, features)
+    geometry = stage_geometry(size, (3, 2), 1, None, features)
     update, *_ = clustering(features, geometry)
     expected = torch.stack([naive_update(clustering, image, (3, 2), num_iterations) for image in features])
     torch.testing.assert_close(update, expected, rtol=0, atol=1e-12)
@@ -101,8 +101,8 @@ def test_sample_ratio_clusters_the_averaged_map():
     features = torch.randn(1, 8, 12, 12, dtype=torch.float64)
     averaged = F.avg_pool2d(features.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     clustering = make_clustering(ratio=2)
-    clusters = clustering.cluster(features, StageGeometry((8, 12), (3, 2), 2, None, features))
-    expected = clustering.cluster(averaged, StageGeometry((4, 6), (3, 2), 1, None, features))
+    clusters = clustering.cluster(features, stage_geometry((8, 12), (3, 2), 2, None, features))
+    expected = clustering.cluster(averaged, stage_geometry((4, 6), (3, 2), 1, None, features))
     for actual, wanted in zip(clusters, expected):
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
 
@@ -186,6 +186,6 @@ def test_cost_is_linear_in_pixels():
     for side in (16, 32):
         features = torch.randn(1, side, side, 32)
         with FlopCounterMode(display=False) as counter:
-            clustering(features, StageGeometry((side, side), (4, 4), 1, None, features))
+            clustering(features, stage_geometry((side, side), (4, 4), 1, None, features))
         flops.append(counter.get_total_flops())
     assert 3.0 < flops[1] / flops[0] < 4.3
