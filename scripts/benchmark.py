@@ -333,16 +333,15 @@ def forward_tables(name: str, builders: dict, sizes, batch_sizes: list[int], set
 
 
 def training(settings: Settings):
-    """Classifiers of the same size, a whole training step: forward, backward, AdamW; and a training from files."""
+    """Classifiers of the same size, a whole training step: forward, backward, AdamW."""
     size, batch_size = settings.arguments.training_size, settings.arguments.training_batch_size
     builders = {**CLASSIFIERS, "ClusterFormer-T, gradient checkpointing": checkpointed}
     labels = {"labels": torch.randint(NUM_LABELS, (batch_size,), device=settings.device)}
     yield training_table("training step", builders, batch_size, (size, size), labels, settings)
-    yield loader_table(settings)
 
 
-def loader_table(settings: Settings) -> dict:
-    """Samples a second of the training script's loader, of its model, and of both together."""
+def loading(settings: Settings):
+    """Training from files: samples a second of the training script's loader, of its model, and of both together."""
     is_cpu = settings.device.type == "cpu"
     workers = 1 if is_cpu else max(1, os.cpu_count() - 1)
     speeds = training_throughput(settings, workers)
@@ -355,7 +354,7 @@ def loader_table(settings: Settings) -> dict:
     note = f"digits from PNG files, batch {LOADED_BATCH_SIZE}, data workers: {workers}"
     if is_cpu:
         note += f", model on one thread: to overlap, each needs an idle core for itself, of {os.cpu_count()} here"
-    return {"title": "training from files", "note": note, "rows": rows}
+    yield {"title": "training from files", "note": note, "rows": rows}
 
 
 def training_throughput(settings: Settings, workers: int) -> dict[str, float]:
@@ -486,6 +485,7 @@ SECTIONS = {
     "growth": growth,
     "compilation": compilation,
     "training": training,
+    "loading": loading,
     "detection": detection,
     "segmentation": segmentation,
     "released": released_forms,
@@ -521,12 +521,20 @@ def checkpointed() -> nn.Module:
     return model
 
 
+def cluster_flops(keys_shape, values_shape, centers_shape, *others, **kwargs) -> int:
+    """Of the clustering in kernels: the products of the E-steps, the M-steps and the queries."""
+    (batch_size, num_pixels, num_heads, channels), num_centers = keys_shape, centers_shape[2]
+    macs = num_centers * channels * (2 * num_pixels + channels)
+    return 2 * batch_size * num_heads * macs * others[-1]
+
+
 def forward_gmacs(model: nn.Module, images: torch.Tensor) -> float:
     """Billions of multiply-accumulates in the matrix products, convolutions and attentions of a forward pass."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)  # the counter hooks into gradients, and DETR's queries have none to hook into
+    kernels = {torch.ops.clusterformer.cluster: cluster_flops}
     # As plain products: the counter has no entry for the CPU's fused attention.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=kernels) as counter:
         forward(model, images)
     for parameter in trained:
         parameter.requires_grad_(True)

@@ -25,7 +25,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers already fill the cores
 
 import pytest
+import torch
 from transformers import set_seed
+
+
+if not torch.cuda.is_available():
+    # Before the kernels are imported: they run in Triton's interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 collect_ignore = ["conformance"]  # runs in processes of its own, see test_conformance.py

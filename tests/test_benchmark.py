@@ -141,7 +141,8 @@ def test_runs_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
     assert [table["section"] for table in run["tables"]] == (
         ["inference"] * 4
         + ["growth"]
-        + ["training"] * 2
+        + ["training"]
+        + ["loading"]
         + ["detection"]
         + ["segmentation"] * 2
         + ["released"] * 2
@@ -309,7 +310,7 @@ def test_a_training_that_fails_is_shown(benchmark, monkeypatch):
     monkeypatch.setattr(benchmark.sys, "executable", "false")  # a program that fails
     settings = benchmark.Settings(benchmark.BenchmarkArguments(), torch.device("cpu"), torch.float32)
     with pytest.raises(RuntimeError, match="run_image_classification.py .*--measure_throughput.* failed:"):
-        benchmark.loader_table(settings)
+        next(benchmark.loading(settings))
 
 
 @pytest.mark.parametrize(
