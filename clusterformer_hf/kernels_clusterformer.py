@@ -40,14 +40,13 @@ except ImportError:  # no GPU that it knows: the plain path
 # As in clustering_clusterformer.py.
 MIN_VARIANCE, MAX_VARIANCE = 0.02**2, 0.5**2
 MIN_MASS, MIN_NORM = 1e-6, 1e-12
-# Tiles of 64 pixels without pipelining read out of bounds on Hopper with Triton 3.6; smaller ones do not.
-BLOCK_PIXELS, NUM_WARPS, NUM_STAGES = 32, 4, 1
-# Beyond it the tile of a block of pixels and all centres does not fit the registers.
-MAX_CENTERS, MAX_CHANNELS = 256, 128
+# Pixels of a tile, by the dtype of the keys. Tiles of 64 read out of bounds on Hopper with Triton 3.6.
+BLOCK_PIXELS = {torch.float32: 16, torch.bfloat16: 32, torch.float16: 32}
+# With as many centres or channels the programs fit the shared memory (99 KiB) and the registers of any Ampere GPU.
+MAX_CENTERS, MAX_CHANNELS = 128, 64
 # A head's pixels are split among programs, which takes two launches an iteration, if their tiles are more than these:
 # then for so many programs on each processor of the device.
 MAX_TILES, PROGRAMS_PER_PROCESSOR = 32, 4
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kernel(function):
@@ -461,7 +460,8 @@ class Launch:
     def __init__(self, keys, values, centers, pixels, pixel_weights):
         batch_size, num_pixels, self.num_heads, self.channels = keys.shape
         self.num_centers, self.rows = centers.shape[2], batch_size * self.num_heads
-        blocks = triton.cdiv(num_pixels, BLOCK_PIXELS)
+        block_pixels = BLOCK_PIXELS[keys.dtype]
+        blocks = triton.cdiv(num_pixels, block_pixels)
         self.splits = 1
         if blocks > MAX_TILES:
             self.splits = min(blocks, triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(keys.device), self.rows))
@@ -474,10 +474,9 @@ class Launch:
             "BLOCK_K": max(16, triton.next_power_of_2(self.num_centers)),
             "BLOCK_D": max(16, triton.next_power_of_2(self.channels)),
         }
-        # Three products of TensorFloat-32 are as exact as the plain path's one of float32.
-        precision = "tf32x3" if keys.dtype == torch.float32 else "tf32"
-        self.for_pixels = {"BLOCK_N": BLOCK_PIXELS, **self.blocks, "PRECISION": precision, "MIN_NORM": MIN_NORM}
-        self.for_pixels.update(num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+        precision = "ieee" if keys.dtype == torch.float32 else "tf32"
+        self.for_pixels = {"BLOCK_N": block_pixels, **self.blocks, "PRECISION": precision, "MIN_NORM": MIN_NORM}
+        self.for_pixels |= {"num_warps": 4, "num_stages": 1}
         self.bounds = {"MIN_VARIANCE": MIN_VARIANCE, "MAX_VARIANCE": MAX_VARIANCE}
 
     def partial_sums(self, num_moments: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -685,13 +684,19 @@ def zeros_if_none(gradient: Tensor | None, like: Tensor) -> Tensor:
 cluster.register_autograd(backward, setup_context=save_for_backward)
 
 
+@torch.compiler.assume_constant_result
+def has_kernels(device: torch.device) -> bool:
+    """For NVIDIA GPUs from Ampere on."""
+    return triton is not None and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def can_cluster(keys: Tensor, num_centers: int) -> bool:
     """Whether there is a kernel for pixels (batch, N, ..., d) and so many centres, and a device to run it."""
     return (
-        triton is not None
-        and keys.device.type == "cuda"
-        and keys.dtype in DTYPES
+        keys.device.type == "cuda"
+        and keys.dtype in BLOCK_PIXELS
         and num_centers <= MAX_CENTERS
         and keys.shape[-1] <= MAX_CHANNELS
         and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+        and has_kernels(keys.device)
     )

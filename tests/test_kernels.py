@@ -195,8 +195,8 @@ def test_a_compiled_model_calls_the_kernels(use_kernels):
     [
         (torch.float32, "cpu", 9, 32),
         (torch.float64, DEVICE, 9, 32),
-        (torch.float32, DEVICE, 257, 32),
-        (torch.float32, DEVICE, 9, 129),
+        (torch.float32, DEVICE, 129, 32),
+        (torch.float32, DEVICE, 9, 65),
     ],
 )
 def test_the_plain_path_takes_what_the_kernels_do_not(dtype, device, num_centers, channels):
