@@ -192,7 +192,7 @@ class ClusterFormerPyramidClustering(nn.Module):
 
     Two things are learned beside the paper's, for clusters that are objects: for each head how much a pixel counts in
     the M-step, so that background may count for nothing, and a part of the cluster that a head starts from. With both,
-    an AP of .806 on digit scenes takes 76,000 of them instead of 128,000 (`scripts/compare_detectors.py`).
+    two layers took 76,000 digit scenes to an AP of .806 instead of 128,000.
     """
 
     def __init__(self, config: ClusterFormerConfig):
