@@ -221,7 +221,7 @@ class ClusterFormerPyramidClustering(nn.Module):
         geometry: PyramidGeometry,
         center_mask=None,
         output_assignments: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
         """
         Args:
             centers (`torch.Tensor` of shape `(batch, K, dim)`): Centres with the embedding of their place.
@@ -233,9 +233,10 @@ class ClusterFormerPyramidClustering(nn.Module):
             output_assignments (`bool`): Whether to return the last assignments.
 
         Returns:
-            The centres' update (batch, K, dim), the mean and variance of all heads' weighted pixels (batch, K, 2) and
-            the last assignments of each level (batch, heads, height * width, K), whose sum over K is the weight of a
-            pixel: in (0, 1) at real pixels and 0 at padded ones.
+            The centres' update (batch, K, dim), the mean and variance of all heads' weighted pixels (batch, K, 2), the
+            heads' own in relation to these (batch, K, 5 * heads; see [`relative_moments`]) and the last assignments of
+            each level (batch, heads, height * width, K), whose sum over K is the weight of a pixel: in (0, 1) at real
+            pixels and 0 at padded ones.
         """
         placed = features + embeddings
         keys, values = split_heads(self.key(placed), self.num_heads), split_heads(self.value(features), self.num_heads)
@@ -258,10 +259,11 @@ class ClusterFormerPyramidClustering(nn.Module):
                     *clusters, mass = maximization([sum_pixels(*level) for level in levels], geometry)
                 if output_assignments:
                     assignments = [expectation(of_keys, *others) for of_keys, _, *others in levels]
-            centers, mean, variance = clusters
-            mean, variance = mixture_moments(mass, mean, variance)
+            centers, *moments = clusters
+            mean, variance = mixture_moments(mass, *moments)
+            relative = relative_moments(mass, *moments, mean, variance).to(features.dtype)
         update = centers.transpose(1, 2).flatten(2).to(features.dtype)
-        return self.projection(update), mean, variance, assignments
+        return self.projection(update), mean, variance, relative, assignments
 
     def cluster_in_kernels(self, keys, values, weights, clusters, geometry, center_mask) -> tuple[torch.Tensor, ...]:
         """The T E- and M-steps; results as of [`maximization`]."""
@@ -346,6 +348,22 @@ def mixture_moments(mass, mean, variance) -> tuple[torch.Tensor, torch.Tensor]:
     return total_mean, total_variance
 
 
+def relative_moments(mass, mean, variance, total_mean, total_variance) -> torch.Tensor:
+    """
+    How a centre's heads differ from its whole, (batch, K, 5 * heads): offset and log of the extent in units of the
+    whole's extent, rows first, and log of the share of the mass.
+
+    Args:
+        mass (`torch.Tensor` of shape `(batch, heads, K, 1)`): Of each head's pixels.
+        mean, variance (`torch.Tensor` of shape `(batch, heads, K, 2)`): Of their positions.
+        total_mean, total_variance (`torch.Tensor` of shape `(batch, K, 2)`): See [`mixture_moments`].
+    """
+    extent = total_variance.sqrt()[:, None]
+    share = (mass / mass.sum(dim=1, keepdim=True)).clamp_min(MIN_MASS)
+    relative = torch.cat([(mean - total_mean[:, None]) / extent, (variance.sqrt() / extent).log(), share.log()], dim=-1)
+    return relative.transpose(1, 2).flatten(2)
+
+
 class ClusterFormerCenterAttention(nn.Module):
     """Self-attention among the centres."""
 
@@ -393,15 +411,15 @@ class ClusterFormerDecoderLayer(GradientCheckpointingLayer):
         geometry,
         center_mask,
         output_assignments,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor] | None]:
         """See [`ClusterFormerPyramidClustering.forward`]; returns the centres in place of their update."""
-        update, mean, variance, assignments = self.clustering(
+        update, *moments, assignments = self.clustering(
             centers + center_embeddings, mean, variance, features, embeddings, geometry, center_mask, output_assignments
         )
         centers = self.norm1(centers + update)
         centers = self.norm2(centers + self.attention(centers, center_embeddings, center_mask))
         centers = self.norm3(centers + self.fc2(self.activation(self.fc1(centers))))
-        return centers, mean, variance, assignments
+        return centers, *moments, assignments
 
 
 class ClusterFormerBoxDelta(nn.Linear):
@@ -418,19 +436,27 @@ class ClusterFormerBoxHead(nn.Module):
 
     The refinement is added in logit space, which keeps boxes in [0, 1], in steps of the box's own size: small and large
     boxes are refined alike (class-free AP50 .455 against .366 after 250 steps on digit scenes, without the sigmoid).
+    After a layer the MLP also sees how the heads' moments differ, as heads come to lie on different parts of an object.
     """
 
-    def __init__(self, config: ClusterFormerConfig):
+    def __init__(self, config: ClusterFormerConfig, follows_layer: bool):
         super().__init__()
         dim = config.decoder_hidden_size
         self.fc1 = nn.Linear(dim, dim)
+        self.parts = nn.Linear(5 * config.decoder_attention_heads, dim, bias=False) if follows_layer else None
         self.fc2 = nn.Linear(dim, dim)
         self.activation = nn.ReLU()
         self.delta = ClusterFormerBoxDelta(dim, 4)
 
-    def forward(self, centers, mean, variance) -> torch.Tensor:
-        """Centres (batch, K, dim), moments (batch, K, 2); returns (batch, K, 4) of cx, cy, w, h in [0, 1]."""
-        delta = self.delta(self.activation(self.fc2(self.activation(self.fc1(centers)))))
+    def forward(self, centers, mean, variance, relative=None) -> torch.Tensor:
+        """
+        Centres (batch, K, dim), moments (batch, K, 2) and, after a layer, those of the heads (batch, K, 5 * heads; see
+        [`relative_moments`]); returns (batch, K, 4) of cx, cy, w, h in [0, 1].
+        """
+        hidden = self.fc1(centers)
+        if self.parts is not None:
+            hidden = hidden + self.parts(relative)
+        delta = self.delta(self.activation(self.fc2(self.activation(hidden))))
         base = moments_to_boxes(mean, variance).clamp(1e-3, 1 - 1e-3)
         center, size = base.detach().split(2, dim=-1)
         # To first order a step moves the centre by its share of the size and scales the size by its exponential.
@@ -552,7 +578,7 @@ class ClusterFormerDecoder(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.layers = nn.ModuleList(ClusterFormerDecoderLayer(config) for _ in range(config.decoder_layers))
         num_heads = config.decoder_layers + 1 if predict_boxes else 0
-        self.box_heads = nn.ModuleList(ClusterFormerBoxHead(config) for _ in range(num_heads))
+        self.box_heads = nn.ModuleList(ClusterFormerBoxHead(config, follows_layer=i > 0) for i in range(num_heads))
 
     def forward(
         self, hidden_states, cluster_centers, sizes: torch.Tensor | None, output_assignments: bool = False
@@ -585,7 +611,7 @@ class ClusterFormerDecoder(nn.Module):
             place = all_boxes[-1].detach()
             mean, variance = boxes_to_moments(place)
             place_embeddings = self.place_fc2(self.activation(self.place_fc1(place.to(centers.dtype))))
-            centers, mean, variance, assignments = layer(
+            centers, mean, variance, relative, assignments = layer(
                 centers,
                 place_embeddings,
                 mean,
@@ -597,7 +623,7 @@ class ClusterFormerDecoder(nn.Module):
                 output_assignments,
             )
             all_centers += (centers,)
-            all_boxes += (self.read_boxes(i + 1, centers, mean, variance),)
+            all_boxes += (self.read_boxes(i + 1, centers, mean, variance, relative),)
             if output_assignments:
                 sizes = geometry.map_sizes
                 all_assignments += (tuple(level.mT.unflatten(3, size) for level, size in zip(assignments, sizes)),)
@@ -615,5 +641,5 @@ class ClusterFormerDecoder(nn.Module):
             geometries.append(stage_geometry(features.shape[-2:], grid, ratio, level_sizes, features))
         return geometries
 
-    def read_boxes(self, i: int, centers, mean, variance) -> torch.Tensor:
-        return self.box_heads[i](centers, mean, variance) if self.box_heads else moments_to_boxes(mean, variance)
+    def read_boxes(self, i: int, centers, *moments) -> torch.Tensor:
+        return self.box_heads[i](centers, *moments) if self.box_heads else moments_to_boxes(*moments[:2])

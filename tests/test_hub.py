@@ -109,7 +109,7 @@ AUTO_CLASSES = {
     ],
 }
 MODELLING_FILES = {
-    f"{part}_clusterformer.py" for part in ("configuration", "clustering", "decoder", "loss", "modeling")
+    f"{part}_clusterformer.py" for part in ("configuration", "clustering", "kernels", "decoder", "loss", "modeling")
 }
 TOKEN, STRANGER = "hf_" + "a" * 34, "hf_" + "b" * 34
 
@@ -168,7 +168,7 @@ for name in sys.argv[1].split(","):
 """
 # Transformers, PyTorch, torchvision and pillow are left, and what Trainer and the matcher of detectors need themselves.
 NOT_NEEDED = (
-    "clusterformer_hf,datasets,evaluate,pycocotools,faster_coco_eval,hotcoco,torchmetrics,mlxtend,skimage,imgviz"
+    "clusterformer_hf,datasets,evaluate,pycocotools,faster_coco_eval,hotcoco,torchmetrics,mlxtend,skimage,imgviz,triton"
 )
 
 LOAD_ALONE = """
