@@ -352,6 +352,15 @@ class ClusterFormerQuery(nn.Linear):
         return F.linear(centers, self.weight.to(centers.dtype), self.bias.to(centers.dtype))
 
 
+def takes_kernels(keys: torch.Tensor, num_centers: int, query: ClusterFormerQuery) -> bool:
+    """
+    Whether pixels (batch, N, ..., d) are clustered in kernels. These read the weights of the query projection: where it
+    is offloaded, quantised or has an adapter, the plain path calls it.
+    """
+    is_plain = type(query) is ClusterFormerQuery and query.weight.device == keys.device
+    return is_plain and can_cluster(keys, num_centers)
+
+
 class ClusterFormerRecurrentClustering(nn.Module):
     """
     Recurrent cross-attention clustering and feature dispatching (Eq. 3, 5 and 6), for each head on its own channels.
@@ -411,7 +420,7 @@ class ClusterFormerRecurrentClustering(nn.Module):
         centers = centers + self.center_fc2(self.activation(self.center_fc1(centers)))
 
         with maybe_autocast(features.device.type, enabled=False):
-            if can_cluster(keys_values, centers.shape[2]):
+            if self.num_iterations > 0 and takes_kernels(keys_values, centers.shape[2], self.query):
                 return self.cluster_in_kernels(keys_values, centers, geometry)
             # Contiguous, or the products of every iteration would copy them again.
             keys, values = keys_values.to(geometry.dtype).permute(2, 0, 3, 1, 4).contiguous().unbind()

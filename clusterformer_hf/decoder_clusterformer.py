@@ -39,9 +39,10 @@ from .clustering_clusterformer import (
     split_heads,
     stage_geometry,
     sum_pixels,
+    takes_kernels,
 )
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
-from .kernels_clusterformer import can_cluster, cluster
+from .kernels_clusterformer import cluster
 
 
 # Class logits of surplus centres: a score of 4e-9, and a focal loss that stays small where one must be matched.
@@ -247,7 +248,7 @@ class ClusterFormerPyramidClustering(nn.Module):
             dtype = torch.promote_types(keys.dtype, torch.float32)
             weights = geometry.zero_padding(geometry.split(weights.to(dtype).mT[..., None]))
             clusters = centers.to(dtype), *self.parts(mean.to(dtype), variance.to(dtype), offset.to(dtype))
-            if can_cluster(keys.transpose(1, 2), centers.shape[2]) and not output_assignments:
+            if takes_kernels(keys.transpose(1, 2), centers.shape[2], self.query) and not output_assignments:
                 *clusters, mass = self.cluster_in_kernels(keys, values, weights, clusters, geometry, center_mask)
             else:
                 keys, values = F.normalize(keys.to(dtype), dim=-1), values.to(dtype)
@@ -282,7 +283,7 @@ class ClusterFormerPyramidClustering(nn.Module):
             None if center_mask is None else center_mask.flatten(1),
             self.num_iterations,
         )
-        return centers, *place.mT.chunk(2, dim=-1), mass[..., None]
+        return centers, *place.mT.chunk(2, dim=-1), mass[..., None].clamp_min(MIN_MASS)
 
     def parts(self, mean, variance, offset) -> tuple[torch.Tensor, torch.Tensor]:
         """

@@ -23,6 +23,7 @@ added atomically, so results are the same in every run.
 "Place" is (4, K) here: means and variances of the centres' positions, rows first.
 """
 
+from contextlib import nullcontext
 from inspect import signature
 from types import SimpleNamespace
 
@@ -59,7 +60,7 @@ def kernel(function):
 
 @kernel
 def load_matrix(pointer, rows, columns, num_rows, num_columns, stride):
-    """Rows of a matrix with contiguous columns, in float32 or as they are; 0 outside."""
+    """Rows of a matrix with contiguous columns; 0 outside."""
     mask = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
     return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
@@ -220,7 +221,7 @@ def cluster_kernel(
     mean_y, mean_x, variance_y, variance_x = load_place(place + b * place_b + h * place_h, k, K)
     at = k[:, None] * D + d[None, :]
     inside = (k[:, None] < K) & (d[None, :] < D)
-    safe = tl.zeros((BLOCK_K,), tl.float32)
+    mass = tl.zeros((BLOCK_K,), tl.float32)
     for i in range(num_iterations):
         queries, _ = unit_queries(c, query_weight, query_bias, d, D, PRECISION, MIN_NORM)
         total, first_y, first_x, second_y, second_x, mass = sum_tiles(
@@ -236,10 +237,10 @@ def cluster_kernel(
             out = i * rows + row
             tl.store(old_centers + out * K * D + at, c, mask=inside)
             store_four(old_places + out * 4 * K, k, K, mean_y, mean_x, variance_y, variance_x)
-            tl.store(old_masses + out * K + k, safe, mask=k < K)
+            tl.store(old_masses + out * K + k, mass, mask=k < K)
     tl.store(new_centers + row * K * D + at, c, mask=inside)
     store_four(new_place + row * 4 * K, k, K, mean_y, mean_x, variance_y, variance_x)
-    tl.store(new_mass + row * K + k, safe, mask=k < K)
+    tl.store(new_mass + row * K + k, mass, mask=k < K)
 
 
 @kernel
@@ -298,7 +299,7 @@ def update_kernel(
     mean_x, variance_x = move_axis(mean_x, first_x, second_x, mass, safe, MIN_VARIANCE, MAX_VARIANCE)
     inside = (k[:, None] < K) & (d[None, :] < D)
     tl.store(new_centers + row * K * D + k[:, None] * D + d[None, :], total / safe[:, None], mask=inside)
-    tl.store(new_mass + row * K + k, safe, mask=k < K)
+    tl.store(new_mass + row * K + k, mass, mask=k < K)
     store_four(new_place + row * 4 * K, k, K, mean_y, mean_x, variance_y, variance_x)
 
 
@@ -309,7 +310,7 @@ def backward_kernel(
     of_queries, of_moments, N, K, D, num_heads, tiles, num_splits,
     key_b, key_n, key_h, value_b, value_n, value_h, pixels_b, weights_b, weights_h, place_b, place_h,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    MIN_NORM: tl.constexpr, MIN_VARIANCE: tl.constexpr, MAX_VARIANCE: tl.constexpr,
+    MIN_NORM: tl.constexpr, MIN_MASS: tl.constexpr, MIN_VARIANCE: tl.constexpr, MAX_VARIANCE: tl.constexpr,
     IS_LAST: tl.constexpr, IS_FIRST: tl.constexpr, OF_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """
@@ -333,19 +334,26 @@ def backward_kernel(
 
     # The gradient of an assignment is a constant of its centre, and linear in value and place of its pixel.
     mass = tl.load(new_mass + row * K + k, mask=k < K, other=1.0)
-    of_c = load_matrix(of_centers + row * K * D, k, d, K, D, D) / mass[:, None]
+    safe = tl.maximum(mass, MIN_MASS)
+    of_c = load_matrix(of_centers + row * K * D, k, d, K, D, D) / safe[:, None]
     constant = -tl.sum(of_c * load_matrix(new_centers + row * K * D, k, d, K, D, D), axis=1)
     of_c = of_c.to(OF_DTYPE)
-    if IS_LAST:
-        constant += tl.load(of_mass + row * K + k, mask=k < K, other=0.0)
     new_y, new_x, new_variance_y, new_variance_x = load_place(new_place + row * 4 * K, k, K)
     of_y, of_x, of_variance_y, of_variance_x = load_four(of_place + row * 4 * K, k, K)
-    of_y, of_x = of_y / mass, of_x / mass
     is_free_y = (new_variance_y > MIN_VARIANCE) & (new_variance_y < MAX_VARIANCE)
     is_free_x = (new_variance_x > MIN_VARIANCE) & (new_variance_x < MAX_VARIANCE)
-    of_variance_y = tl.where(is_free_y, of_variance_y / mass, 0.0)
-    of_variance_x = tl.where(is_free_x, of_variance_x / mass, 0.0)
+    of_variance_y = tl.where(is_free_y, of_variance_y / safe, 0.0)
+    of_variance_x = tl.where(is_free_x, of_variance_x / safe, 0.0)
     constant -= of_variance_y * new_variance_y + of_variance_x * new_variance_x
+    # Where the mass is held at its least, it is a constant, and means are no means, about which offsets add up to 0.
+    is_massive = mass > MIN_MASS
+    missing = 2.0 * (safe - mass) / safe
+    of_y = of_y / safe - of_variance_y * new_y * missing
+    of_x = of_x / safe - of_variance_x * new_x * missing
+    origin_y, origin_x = tl.where(is_massive, new_y, 0.0), tl.where(is_massive, new_x, 0.0)
+    constant = tl.where(is_massive, constant, 0.0)
+    if IS_LAST:
+        constant += tl.load(of_mass + row * K + k, mask=k < K, other=0.0)
 
     q_total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     total_y = tl.zeros((BLOCK_K,), tl.float32)
@@ -361,8 +369,8 @@ def backward_kernel(
         v = v.to(OF_DTYPE)
         gradient = tl.dot(v, tl.trans(of_c), input_precision=PRECISION) + constant[None, :]
         ey, ex = y - new_y[None, :], x - new_x[None, :]
-        gradient += of_y[None, :] * ey + of_variance_y[None, :] * (ey * ey + own_y)
-        gradient += of_x[None, :] * ex + of_variance_x[None, :] * (ex * ex + own_x)
+        gradient += of_y[None, :] * (y - origin_y[None, :]) + of_variance_y[None, :] * (ey * ey + own_y)
+        gradient += of_x[None, :] * (x - origin_x[None, :]) + of_variance_x[None, :] * (ex * ex + own_x)
         of_weight = tl.sum(a * gradient, axis=1)
         a *= weight[:, None]  # 0 outside
         gradient = a * (gradient - of_weight[:, None])  # of the logits, by the softmax
@@ -458,13 +466,16 @@ class Launch:
     """Sizes, strides and blocks that the kernels of one clustering share."""
 
     def __init__(self, keys, values, centers, pixels, pixel_weights):
+        if keys.stride(-1) != 1 or values.stride(-1) != 1 or not centers.is_contiguous():
+            raise ValueError("Channels of `keys` and `values`, and `centers`, must be contiguous.")
         batch_size, num_pixels, self.num_heads, self.channels = keys.shape
         self.num_centers, self.rows = centers.shape[2], batch_size * self.num_heads
         block_pixels = BLOCK_PIXELS[keys.dtype]
         blocks = triton.cdiv(num_pixels, block_pixels)
         self.splits = 1
         if blocks > MAX_TILES:
-            self.splits = min(blocks, triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors(keys.device), self.rows))
+            programs = PROGRAMS_PER_PROCESSOR * num_processors(keys.device)
+            self.splits = min(blocks, triton.cdiv(programs, max(self.rows, 1)))
         tiles = triton.cdiv(blocks, self.splits)
         self.splits = triton.cdiv(blocks, tiles)
         self.sizes = (num_pixels, self.num_centers, self.channels, self.num_heads, tiles, self.splits)
@@ -489,6 +500,11 @@ class Launch:
 
 def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def on_device_of(tensor: Tensor):
+    """Triton launches on the current device, whatever that of its arguments."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def stride_of(tensor: Tensor, dim: int) -> int:
@@ -536,17 +552,24 @@ def cluster(
         spatial_weight (`torch.Tensor` of shape `(heads, 1, 1)`, *optional*):
             What the softplus of weighs the Gaussian in position; without it position is left out.
         pixels (`torch.Tensor` of shape `(1 or batch, 4, N)`):
-            Row and column of each pixel, and its own variance along both, which is part of a cluster's. float32.
-        pixel_weights (`torch.Tensor` of shape `(batch, 1 or heads, N)`, *optional*): How much a pixel counts. float32.
-        center_bias (`torch.Tensor` of shape `(batch, K)`, *optional*): 0 at centres, -inf at surplus ones. float32.
+            Row and column of each pixel, and its own variance along both, which is part of a cluster's. This and what
+            follows in float32, and contiguous, as are the parameters above.
+        pixel_weights (`torch.Tensor` of shape `(batch, 1 or heads, N)`, *optional*): How much a pixel counts.
+        center_bias (`torch.Tensor` of shape `(batch, K)`, *optional*): 0 at centres, -inf at surplus ones.
         num_iterations (`int`): T.
 
     Returns:
         In float32 the last centres, their place (batch, heads, 4, K) and their mass (batch, heads, K), and the same
         three of the iterations before, (T - 1, ...) each, for the backward pass.
     """
-    launch = Launch(keys, values, centers, pixels, pixel_weights)
     inputs = (query_weight, query_bias, logit_scale, spatial_weight, pixels, pixel_weights, center_bias)
+    with on_device_of(keys):
+        return launch_forward(keys, values, centers, place, inputs, num_iterations)
+
+
+def launch_forward(keys, values, centers, place, inputs, num_iterations) -> tuple[Tensor, ...]:
+    *_, pixels, pixel_weights, _ = inputs
+    launch = Launch(keys, values, centers, pixels, pixel_weights)
     last, history = empty_clusters(centers), empty_clusters(centers, num_iterations - 1)
     if launch.splits == 1:
         cluster_kernel[(launch.rows,)](
@@ -599,20 +622,29 @@ def cluster_backward(
     heads, N; empty without weights), of the first centres and of their place (batch, heads, 4, K), and of each row's
     (batch * heads) query weights, query bias, and logit scale and spatial weight (2).
     """
+    inputs = (query_weight, query_bias, logit_scale, spatial_weight, pixels, pixel_weights, center_bias)
+    of_clusters = (of_centers, of_place, of_mass)
+    with on_device_of(keys):
+        return launch_backward(of_clusters, (all_centers, all_places, all_masses), keys, values, inputs)
+
+
+def launch_backward(of_clusters, all_clusters, keys, values, inputs) -> tuple[Tensor, ...]:
+    (of_centers, of_place, of_mass), (all_centers, all_places, all_masses) = of_clusters, all_clusters
+    *parameters, pixels, pixel_weights, _ = inputs
     launch = Launch(keys, values, all_centers[0], pixels, pixel_weights)
     gradients = empty_gradients(keys, all_centers[0], pixel_weights)
     of_keys, of_values, of_weights, *of_clusters, of_query_weight, of_query_bias, of_scales = gradients
     of_queries, of_moments = launch.partial_sums(4, keys.device)
     # A scaled gradient over a small mass leaves the range of float16.
     of_dtype = tl.bfloat16 if keys.dtype == torch.bfloat16 else tl.float32
-    parameters = (query_weight, query_bias, logit_scale, spatial_weight)
     for i in reversed(range(len(all_masses))):
         is_last, strides = i == len(all_masses) - 1, place_strides(all_places[i])
         backward_kernel[(launch.rows, launch.splits)](
-            keys, values, all_centers[i], all_places[i], *parameters, pixels, pixel_weights, center_bias,
+            keys, values, all_centers[i], all_places[i], *inputs,
             all_centers[i + 1], all_places[i + 1], all_masses[i], of_centers, of_place, of_mass, of_keys, of_values,
             None if pixel_weights is None else of_weights, of_queries, of_moments, *launch.sizes, *launch.strides,
-            *strides, **launch.for_pixels, **launch.bounds, IS_LAST=is_last, IS_FIRST=i == 0, OF_DTYPE=of_dtype,
+            *strides, **launch.for_pixels, MIN_MASS=MIN_MASS, **launch.bounds, IS_LAST=is_last, IS_FIRST=i == 0,
+            OF_DTYPE=of_dtype,
         )  # fmt: skip
         of_centers, of_place = of_clusters
         backward_update_kernel[(launch.rows,)](
@@ -697,6 +729,6 @@ def can_cluster(keys: Tensor, num_centers: int) -> bool:
         and keys.dtype in BLOCK_PIXELS
         and num_centers <= MAX_CENTERS
         and keys.shape[-1] <= MAX_CHANNELS
-        and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+        and not torch.jit.is_tracing()
         and has_kernels(keys.device)
     )

@@ -27,6 +27,7 @@ from clusterformer_hf import (
     decoder_clusterformer,
     kernels_clusterformer,
 )
+from clusterformer_hf.cluster_iterations import trace_clusters
 from clusterformer_hf.clustering_clusterformer import ClusterFormerRecurrentClustering, stage_geometry
 from clusterformer_hf.kernels_clusterformer import can_cluster, cluster
 from tests.nano import BACKBONE, CLASSIFIER, DECODER
@@ -47,8 +48,8 @@ def use_kernels(request, monkeypatch):
             calls.append(args)
             return cluster(*args)
 
+        monkeypatch.setattr(clustering_clusterformer, "can_cluster", lambda keys, num_centers: True)
         for module in (clustering_clusterformer, decoder_clusterformer):
-            monkeypatch.setattr(module, "can_cluster", lambda keys, num_centers: True)
             monkeypatch.setattr(module, "cluster", counted)
         if request.param == "split pixels":
             monkeypatch.setattr(kernels_clusterformer, "MAX_TILES", 1)
@@ -97,10 +98,13 @@ def test_kernels_of_the_encoder_are_the_plain_path(spatial, padded, use_kernels)
         torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-4 * reference.abs().max().item())
 
 
-def test_kernels_of_a_detector_are_the_plain_path(use_kernels):
+@pytest.mark.parametrize("weight", [0, -18], ids=["weighty", "masses at their least"])
+def test_kernels_of_a_detector_are_the_plain_path(weight, use_kernels):
     """Encoder and decoder of padded pictures, with weights of pixels and parts of clusters."""
     config = ClusterFormerConfig(**BACKBONE | DECODER | {"decoder_num_iterations": 2}, num_labels=3)
     model = ClusterFormerForObjectDetection(config).to(DEVICE).eval()
+    for layer in model.decoder.layers:
+        torch.nn.init.constant_(layer.clustering.pixel_weight.bias, weight)
     pixel_values = torch.randn(2, 3, 40, 48, device=DEVICE)
     pixel_mask = torch.ones(2, 40, 48, dtype=torch.long, device=DEVICE)
     pixel_mask[1, 32:], pixel_mask[1, :, 40:] = 0, 0
@@ -201,6 +205,37 @@ def test_a_compiled_model_calls_the_kernels(use_kernels):
 )
 def test_the_plain_path_takes_what_the_kernels_do_not(dtype, device, num_centers, channels):
     assert not can_cluster(torch.empty(1, 4, 2, 1, channels, dtype=dtype, device=device), num_centers)
+
+
+def test_movement_of_the_centres_is_the_same(use_kernels):
+    model = ClusterFormerForImageClassification(ClusterFormerConfig(**CLASSIFIER, num_labels=3)).to(DEVICE).eval()
+    inputs = {"pixel_values": torch.randn(1, 3, 32, 32, device=DEVICE)}
+    _, expected = trace_clusters(model, inputs)
+    calls = use_kernels()
+    _, stages = trace_clusters(model, inputs)
+    assert calls
+    for stage, reference in zip(stages, expected, strict=True):
+        torch.testing.assert_close(stage.assignments, reference.assignments, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stage.places, reference.places, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_projections_that_are_not_plain_weights_are_called(use_kernels):
+    """As with adapters, quantisation and offloading: the plain path calls the module."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, query):
+            super().__init__()
+            self.query, self.weight, self.bias = query, query.weight, query.bias
+
+        def forward(self, centers):
+            return self.query(centers) * 2
+
+    clustering, features, geometry = clustering_inputs(spatial=True, padded=False)
+    clustering.query = Adapter(clustering.query)
+    expected = clustering.cluster(features, geometry)
+    calls = use_kernels()
+    torch.testing.assert_close(clustering.cluster(features, geometry), expected, rtol=0, atol=0)
+    assert not calls
 
 
 def test_training_follows_inference_on_the_same_size():
