@@ -193,7 +193,8 @@ class ClusterFormerPyramidClustering(nn.Module):
 
     Two things are learned beside the paper's, for clusters that are objects: for each head how much a pixel counts in
     the M-step, so that background may count for nothing, and a part of the cluster that a head starts from. With both,
-    two layers took 76,000 digit scenes to an AP of .806 instead of 128,000.
+    two layers took 76,000 digit scenes to an AP of .806 instead of 128,000. A centre is told where its heads' pixels
+    lie in relation to each other, beside the mean of their values.
     """
 
     def __init__(self, config: ClusterFormerConfig):
@@ -209,6 +210,7 @@ class ClusterFormerPyramidClustering(nn.Module):
         self.part_offset = ClusterFormerPartOffset(dim, 2 * self.num_heads)
         self.part_scale = nn.Parameter(torch.empty(self.num_heads, 1, 1))  # log of a part's share of the variance
         self.projection = nn.Linear(dim, dim)
+        self.moments = nn.Linear(5 * self.num_heads, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(self.num_heads, 1, 1))  # log of the temperature
         self.spatial_weight = nn.Parameter(torch.empty(self.num_heads, 1, 1))
 
@@ -264,7 +266,7 @@ class ClusterFormerPyramidClustering(nn.Module):
             mean, variance = mixture_moments(mass, *moments)
             relative = relative_moments(mass, *moments, mean, variance).to(features.dtype)
         update = centers.transpose(1, 2).flatten(2).to(features.dtype)
-        return self.projection(update), mean, variance, relative, assignments
+        return self.projection(update) + self.moments(relative), mean, variance, relative, assignments
 
     def cluster_in_kernels(self, keys, values, weights, clusters, geometry, center_mask) -> tuple[torch.Tensor, ...]:
         """The T E- and M-steps; results as of [`maximization`]."""
