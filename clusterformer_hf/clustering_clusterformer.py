@@ -27,15 +27,9 @@ from torch.autograd.function import once_differentiable
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
-from .kernels_clusterformer import can_cluster, cluster
+from .kernels_clusterformer import MAX_EXTENT, MIN_EXTENT, MIN_MASS, MIN_NORM, can_cluster, cluster
 
 
-# Bounds of a cluster's extent (one standard deviation), as a share of the image's side.
-MIN_EXTENT, MAX_EXTENT = 0.02, 0.5
-# Least mass that an M-step divides by, in pixels: a centre without pixels becomes zero and its gradient stays finite.
-MIN_MASS = 1e-6
-# Least norm that a feature is divided by, as in `F.normalize`.
-MIN_NORM = 1e-12
 # Elements of the groups that a released form clusters at a time on the CPU.
 GROUP_CHUNK = 2**19
 # Elements of the (N, K) tables of the heads that are clustered at a time on the CPU.

@@ -29,9 +29,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import maybe_autocast
 
 from .clustering_clusterformer import (
-    MAX_EXTENT,
-    MIN_EXTENT,
-    MIN_MASS,
     ClusterFormerQuery,
     StageGeometry,
     expectation,
@@ -42,7 +39,7 @@ from .clustering_clusterformer import (
     takes_kernels,
 )
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
-from .kernels_clusterformer import cluster
+from .kernels_clusterformer import MAX_EXTENT, MIN_EXTENT, MIN_MASS, cluster
 
 
 # Class logits of surplus centres: a score of 4e-9, and a focal loss that stays small where one must be matched.
@@ -263,8 +260,9 @@ class ClusterFormerPyramidClustering(nn.Module):
                 if output_assignments:
                     assignments = [expectation(of_keys, *others) for of_keys, _, *others in levels]
             centers, *moments = clusters
-            mean, variance = mixture_moments(mass, *moments)
-            relative = relative_moments(mass, *moments, mean, variance).to(features.dtype)
+            share = mass / mass.sum(dim=1, keepdim=True)
+            mean, variance = mixture_moments(share, *moments)
+            relative = relative_moments(share, *moments, mean, variance).to(features.dtype)
         update = centers.transpose(1, 2).flatten(2).to(features.dtype)
         return self.projection(update) + self.moments(relative), mean, variance, relative, assignments
 
@@ -343,27 +341,29 @@ def maximization(sums, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:
     return sum(values) / mass[..., None], torch.stack(means, dim=-1), variance, mass[..., None]
 
 
-def mixture_moments(mass, mean, variance) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of position of all heads' pixels together, (batch, K, 2) each."""
-    share = mass / mass.sum(dim=1, keepdim=True)
+def mixture_moments(share, mean, variance) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean and variance of position of all heads' pixels together, (batch, K, 2) each, of the heads' shares of the mass
+    (batch, heads, K, 1) and of their means and variances (batch, heads, K, 2).
+    """
     total_mean = (share * mean).sum(dim=1)
     total_variance = (share * (variance + (mean - total_mean[:, None]).square())).sum(dim=1)
     return total_mean, total_variance
 
 
-def relative_moments(mass, mean, variance, total_mean, total_variance) -> torch.Tensor:
+def relative_moments(share, mean, variance, total_mean, total_variance) -> torch.Tensor:
     """
     How a centre's heads differ from its whole, (batch, K, 5 * heads): offset and log of the extent in units of the
     whole's extent, rows first, and log of the share of the mass.
 
     Args:
-        mass (`torch.Tensor` of shape `(batch, heads, K, 1)`): Of each head's pixels.
+        share (`torch.Tensor` of shape `(batch, heads, K, 1)`): Of each head in the mass.
         mean, variance (`torch.Tensor` of shape `(batch, heads, K, 2)`): Of their positions.
         total_mean, total_variance (`torch.Tensor` of shape `(batch, K, 2)`): See [`mixture_moments`].
     """
     extent = total_variance.sqrt()[:, None]
-    share = (mass / mass.sum(dim=1, keepdim=True)).clamp_min(MIN_MASS)
-    relative = torch.cat([(mean - total_mean[:, None]) / extent, (variance.sqrt() / extent).log(), share.log()], dim=-1)
+    log_share = share.clamp_min(MIN_MASS).log()
+    relative = torch.cat([(mean - total_mean[:, None]) / extent, (variance.sqrt() / extent).log(), log_share], dim=-1)
     return relative.transpose(1, 2).flatten(2)
 
 

@@ -38,9 +38,12 @@ except ImportError:  # no GPU that it knows: the plain path
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 
-# As in clustering_clusterformer.py.
-MIN_VARIANCE, MAX_VARIANCE = 0.02**2, 0.5**2
-MIN_MASS, MIN_NORM = 1e-6, 1e-12
+# Bounds of both paths. Of a cluster's extent (one standard deviation), as a share of the image's side.
+MIN_EXTENT, MAX_EXTENT = 0.02, 0.5
+# Least mass that an M-step divides by, in pixels: a centre without pixels becomes zero and its gradient stays finite.
+MIN_MASS = 1e-6
+# Least norm that a feature is divided by, as in `F.normalize`.
+MIN_NORM = 1e-12
 # Pixels of a tile, by the dtype of the keys. Tiles of 64 read out of bounds on Hopper with Triton 3.6.
 BLOCK_PIXELS = {torch.float32: 16, torch.bfloat16: 32, torch.float16: 32}
 # With as many centres or channels the programs fit the shared memory (99 KiB) and the registers of any Ampere GPU.
@@ -488,7 +491,7 @@ class Launch:
         precision = "ieee" if keys.dtype == torch.float32 else "tf32"
         self.for_pixels = {"BLOCK_N": block_pixels, **self.blocks, "PRECISION": precision, "MIN_NORM": MIN_NORM}
         self.for_pixels |= {"num_warps": 4, "num_stages": 1}
-        self.bounds = {"MIN_VARIANCE": MIN_VARIANCE, "MAX_VARIANCE": MAX_VARIANCE}
+        self.bounds = {"MIN_VARIANCE": MIN_EXTENT**2, "MAX_VARIANCE": MAX_EXTENT**2}
 
     def partial_sums(self, num_moments: int, device: torch.device) -> tuple[Tensor, Tensor]:
         shape, like = (self.rows, self.splits), {"dtype": torch.float32, "device": device}
