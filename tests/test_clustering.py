@@ -28,6 +28,7 @@ from clusterformer_hf.clustering_clusterformer import (
     stage_geometry,
     sum_assigned,
     sum_pixels,
+    unit_vectors,
 )
 
 
@@ -174,6 +175,20 @@ def test_sums_have_the_gradients_of_kept_assignments(weighting, monkeypatch):
         gradients.append((*sums, *torch.autograd.grad(loss, inputs)))
     torch.testing.assert_close(*gradients)
     assert torch.autograd.gradcheck(computed_again, inputs)
+
+
+def test_unit_vectors_are_normalised_with_the_same_gradient():
+    vectors = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    vectors[0, 0, 0] = 0  # without a direction, and without NaN
+    cotangent = torch.randn(vectors.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for normalise in (unit_vectors, lambda vectors: F.normalize(vectors, dim=-1)):
+        inputs = vectors.clone().requires_grad_()
+        units = normalise(inputs)
+        units.backward(cotangent)
+        results.append((units.detach(), inputs.grad))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+    assert results[0][0][0, 0, 0].abs().sum() == 0
 
 
 def test_cost_is_linear_in_pixels():
