@@ -54,7 +54,7 @@ class ClusterFormerSmoothing(nn.Conv2d):
     """
 
     def __init__(self, dim: int):
-        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
+        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return features + super().forward(features)
