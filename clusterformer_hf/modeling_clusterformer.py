@@ -587,8 +587,8 @@ class ClusterFormerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Conv2d):
             # torch's default. The stem's few inputs need more than `initializer_range` (measured on the quickstart).
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            bound = 1 / math.sqrt(module.weight[0].numel())
             if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, (ClusterFormerLayer, ClusterFormerReleasedLayer)):
             init.constant_(module.layer_scale1, self.config.layer_scale_init_value)
