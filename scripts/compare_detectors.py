@@ -17,8 +17,8 @@ How fast detectors of one size learn: ClusterFormer beside DETR, Deformable DETR
     python scripts/compare_detectors.py --models clusterformer rt_detr --seeds 0 --cpu_minutes 60
 
 Every model sees digit scenes in the same order with the same augmentation, in batches of one size, for the same budget
-of processor time: 60 minutes are half an hour on two cores. See `learning_curves.py` for what that means, and for the
-file of finished runs that the table is made from.
+of processor time: 60 minutes are half an hour on two cores. With `--samples` it is the same number of scenes. See
+`learning_curves.py` for what that means, and for the file of finished runs that the table is made from.
 """
 
 from dataclasses import dataclass, field
@@ -233,7 +233,7 @@ def evaluate(model: PreTrainedModel, processor, test: Scenes) -> dict[str, float
     results = []
     for start in range(0, len(test), 50):
         indices = range(start, min(start + 50, len(test)))
-        outputs = model(torch.stack([test.inputs(i)["pixel_values"] for i in indices]))
+        outputs = model(torch.stack([test.inputs(i)["pixel_values"] for i in indices]).to(model.device))
         sizes = torch.tensor([[test.size, test.size]] * len(indices))
         detections = processor.post_process_object_detection(outputs, threshold=1e-6, target_sizes=sizes)
         for i, detection in zip(indices, detections):
@@ -252,7 +252,12 @@ def train(name: str, seed: int, args: Arguments, train_scenes: Scenes, test_scen
     train_scenes.seed = seed
     sampler = torch.utils.data.RandomSampler(train_scenes, generator=torch.Generator().manual_seed(seed))
     loader = torch.utils.data.DataLoader(
-        train_scenes, args.batch_size, sampler=sampler, collate_fn=collate, drop_last=True
+        train_scenes,
+        args.batch_size,
+        sampler=sampler,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=collate,
+        drop_last=True,
     )
     scores = partial(evaluate, model, processor_class(), test_scenes)
     return model, learning_curve(model, loader, learning_rate, args, scores, partial(setattr, train_scenes, "epoch"))

@@ -92,6 +92,7 @@ class Arguments(ComparisonArguments):
     scenes: Path = field(default=Path("outputs/compare_segmenters_scenes"), metadata={"help": "Where scenes go."})
 
     def __post_init__(self):
+        super().__post_init__()
         if self.output is None:
             self.output = Path(f"outputs/compare_segmenters_{self.task}.json")
 
@@ -284,7 +285,11 @@ def train(name: str, seed: int, args: Arguments, data: PanopticScenes | Semantic
     test_set = data.dataset_class(data.test, SegmentationEvalTransform(data.processor), data.ids)
     post_processor, metric = data.evaluation(model, args.scenes)
     training_args = TrainingArguments(
-        output_dir=str(args.scenes / "evaluation"), per_device_eval_batch_size=50, report_to="none", disable_tqdm=True
+        output_dir=str(args.scenes / "evaluation"),
+        per_device_eval_batch_size=50,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=args.device == "cpu",
     )
     trainer = SegmentationTrainer(
         model=model,
@@ -297,7 +302,12 @@ def train(name: str, seed: int, args: Arguments, data: PanopticScenes | Semantic
     trainer.remove_callback(PrinterCallback)  # which would print the scores of every class
     sampler = torch.utils.data.RandomSampler(train_set, generator=torch.Generator().manual_seed(seed))
     loader = torch.utils.data.DataLoader(
-        train_set, args.batch_size, sampler=sampler, collate_fn=collator(model), drop_last=True
+        train_set,
+        args.batch_size,
+        sampler=sampler,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=collator(model),
+        drop_last=True,
     )
 
     def evaluate() -> dict[str, float]:

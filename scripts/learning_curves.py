@@ -12,11 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What the comparisons of learning share: training within a budget of processor time, a file of finished runs, a table.
+What the comparisons of learning share: training within a budget, a file of finished runs, a table.
 
-Every model gets the same budget of processor time, which other work on the machine does not shorten, and sees the same
-pictures in the same order. The learning rate falls to zero over the budget. Each finished run is added to a file, so
-runs may be done one by one, in any order and on several days; a run that is in the file is not repeated.
+Every model gets the same budget of processor time, which other work on the machine does not shorten, or with
+`--samples` of pictures, on any device, and sees the same pictures in the same order. The learning rate falls to zero
+over the budget. Each finished run is added to a file, so runs may be done one by one, in any order and on several days;
+a run that is in the file is not repeated.
 """
 
 import json
@@ -29,6 +30,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -48,6 +50,9 @@ class ComparisonArguments:
     models: list[str] = field(default_factory=list, metadata={"help": "Which ones; all if not given."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the weights and the order."})
     cpu_minutes: float = field(default=60.0, metadata={"help": "Processor time for training a model, all cores."})
+    samples: int | None = field(default=None, metadata={"help": "Train on so many scenes instead, however long."})
+    device: str = field(default="cpu", metadata={"help": "Where to train; other than `cpu` only with --samples."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that prepare scenes."})
     size: int = field(default=96, metadata={"help": "Side of the scenes in pixels."})
     num_train: int = field(default=3000, metadata={"help": "Training scenes."})
     num_test: int = field(default=300, metadata={"help": "Test scenes."})
@@ -55,9 +60,14 @@ class ComparisonArguments:
     num_evaluations: int = field(default=6, metadata={"help": "Points of the learning curve, the last included."})
     output: Path | None = field(default=None, metadata={"help": "Results file, added to."})
 
+    def __post_init__(self):
+        if self.samples is None and self.device != "cpu":
+            raise ValueError(f"--device {self.device} needs --samples: processor time says nothing of other devices.")
+
     def settings(self) -> dict:
         """What runs must have in common to stand in one table."""
-        names = ("cpu_minutes", "size", "num_train", "num_test", "batch_size", "num_evaluations")
+        budget = "cpu_minutes" if self.samples is None else "samples"
+        names = (budget, "size", "num_train", "num_test", "batch_size", "num_evaluations")
         return {name: getattr(self, name) for name in names}
 
 
@@ -70,37 +80,39 @@ def learning_curve(
     start_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> list[dict]:
     """
-    Trains a model for `args.cpu_minutes` and evaluates it `args.num_evaluations` times on the way.
+    Trains a model for `args.cpu_minutes` or `args.samples` and evaluates it `args.num_evaluations` times on the way.
 
     Returns:
         For each evaluation the samples seen, the processor time in minutes and what `evaluate` returned.
     """
-    model.train()
+    model.to(args.device).train()
     # Without decay: biases, norms, and temperatures of heads, (heads, 1, 1).
     matrices = [parameter for parameter in model.parameters() if parameter.squeeze().ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.squeeze().ndim <= 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-    budget, spent, steps, epoch, curve = 60 * args.cpu_minutes, 0.0, 0, 0, []
-    while spent < budget:
+    minutes, steps, epoch, progress, curve = 0.0, 0, 0, 0.0, []
+    while progress < 1:
         start_epoch(epoch)
         for batch in loader:
             start = time.process_time()
-            factor = min(1.0, (steps + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * spent / budget))
+            factor = min(1.0, (steps + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * progress))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * factor
-            model(**batch).loss.backward()
+            model(**send_to_device(batch, args.device)).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
             optimizer.step()
             optimizer.zero_grad()
             steps += 1
-            spent += time.process_time() - start
-            if spent >= budget * (len(curve) + 1) / args.num_evaluations:
+            minutes += (time.process_time() - start) / 60
+            samples = steps * args.batch_size
+            progress = minutes / args.cpu_minutes if args.samples is None else samples / args.samples
+            if progress >= (len(curve) + 1) / args.num_evaluations:
                 model.eval()
-                curve.append({"samples": steps * args.batch_size, "cpu_minutes": spent / 60, **evaluate()})
+                curve.append({"samples": samples, "cpu_minutes": minutes, **evaluate()})
                 model.train()
                 print(curve[-1], flush=True)
-            if spent >= budget:
+            if progress >= 1:
                 break
         epoch += 1
     return curve
@@ -147,7 +159,7 @@ def add_missing_runs(
                 "parameters": model.num_parameters(),
                 "minutes": (time.perf_counter() - start) / 60,
                 "curve": curve,
-                "machine": describe_machine(),
+                "machine": describe_machine(args.device),
             }
             # Read again: another process may have added its runs meanwhile.
             runs = [*read_runs(args.output), run]
@@ -160,13 +172,13 @@ def read_runs(path: Path) -> list[dict]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def describe_machine() -> dict:
-    """When and with what a run was done; training is on the CPU."""
+def describe_machine(device: str) -> dict:
+    """When and with what a run was done."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
         **environment(),
-        "machine": machine(torch.device("cpu")),
+        "machine": machine(torch.device(device)),
     }
 
 

@@ -60,6 +60,17 @@ def test_semantic_task_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-4].startswith("| model | parameters | samples seen | seeds | mIoU |")
 
 
+def test_a_budget_of_samples_is_the_same_for_all(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("compare_detectors")
+    flags = ["--models", "clusterformer", "rt_detr", "--output", str(tmp_path / "runs.json"), "--samples", "6"]
+    script.main([*FLAGS, *flags, "--num_evaluations", "2", "--dataloader_num_workers", "1"])
+    runs = json.loads((tmp_path / "runs.json").read_text())
+    assert [[point["samples"] for point in run["curve"]] for run in runs] == [[4, 6], [4, 6]]
+    with pytest.raises(ValueError, match="--device cuda needs --samples"):
+        script.main([*FLAGS, "--device", "cuda"])
+
+
 def test_unknown_models_are_named(script):
     with pytest.raises(ValueError, match="yolo.*clusterformer"):
         script.main(["--models", "yolo"])
