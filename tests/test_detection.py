@@ -22,7 +22,14 @@ from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification, ClusterFormerForObjectDetection
-from clusterformer_hf.decoder_clusterformer import boxes_to_moments, moments_to_boxes
+from clusterformer_hf.clustering_clusterformer import stage_geometry
+from clusterformer_hf.decoder_clusterformer import (
+    PyramidGeometry,
+    boxes_to_moments,
+    edges,
+    maximization,
+    moments_to_boxes,
+)
 
 
 NANO = {
@@ -148,6 +155,31 @@ def test_moments_of_boxes_and_boxes_of_moments():
     mean, variance = boxes_to_moments(boxes)
     torch.testing.assert_close(mean, torch.tensor([[0.25, 0.5], [0.9, 0.3]]))
     torch.testing.assert_close(moments_to_boxes(mean, variance), boxes)
+
+
+def edges_of(*marginals):
+    """Of a cluster with these masses of rows, the same as of columns, on levels of so many rows."""
+    levels = [stage_geometry((len(m), len(m)), (2, 2), 1, None, torch.zeros(1).double()) for m in marginals]
+    geometry = PyramidGeometry(levels)
+    marginals = [torch.tensor(marginal).double().view(1, 1, -1, 1).requires_grad_() for marginal in marginals]
+    sums = [(torch.zeros(1, 1, 1, 1).double(), marginal, marginal) for marginal in marginals]
+    _, mean, variance, _ = maximization(sums, geometry)
+    result = edges((marginals, marginals), geometry, mean, variance)
+    gradients = torch.autograd.grad(result.sum(), marginals)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    return result.flatten()
+
+
+def test_edges_are_where_mass_ends():
+    torch.testing.assert_close(edges_of([0.0] * 50 + [1] * 100 + [0] * 50), torch.zeros(4).double(), atol=1e-3, rtol=0)
+    # A faint tail at the high end: the mass ends farther there, in rows as in columns.
+    end, start, *of_columns = edges_of([0.0] * 50 + [1] * 60 + [0.2] * 60 + [0] * 30)
+    assert end > 0.2 and start < -0.1
+    torch.testing.assert_close(torch.stack(of_columns), torch.stack([end, start]))
+    torch.testing.assert_close(edges_of([0.0, 2, 2, 1, 0, 0])[:2], edges_of([0.0, 0, 1, 2, 2, 0])[:2].flip(0))
+    on_two_levels = edges_of([0.0] * 20 + [1] * 20 + [0] * 40, [0.0] * 10 + [1] * 10 + [0] * 20)
+    torch.testing.assert_close(on_two_levels, torch.zeros(4).double(), atol=0.02, rtol=0)
+    assert edges_of([0.0] * 8).isfinite().all()  # no mass
 
 
 def test_post_processing_by_the_library():
