@@ -153,9 +153,10 @@ def as_float32(arguments):
     return tuple(t.requires_grad_() if isinstance(t, torch.Tensor) and i != 8 else t for i, t in enumerate(tensors))
 
 
-# The interpreter multiplies the bits of bfloat16.
+# The interpreter multiplies the bits of bfloat16, which has three fewer: a gradient that is a small sum is off by more.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16])
 def test_half_precision_is_close_and_keeps_its_dtypes(dtype):
+    tolerance = {torch.float16: 0.05, torch.bfloat16: 0.1}[dtype]
     arguments = kernel_arguments(dtype, requires_grad=True)
     exact = as_float32(arguments)
     outputs, expected = cluster(*arguments)[:3], cluster(*exact)[:3]
@@ -167,7 +168,7 @@ def test_half_precision_is_close_and_keeps_its_dtypes(dtype):
     references = gradients_of(expected, weights, [a for a in exact if isinstance(a, torch.Tensor) and a.requires_grad])
     for tensor, gradient, reference in zip(inputs, gradients, references):
         assert gradient.dtype == tensor.dtype
-        assert (gradient.float() - reference).norm() <= 0.05 * reference.norm()
+        assert (gradient.float() - reference).norm() <= tolerance * reference.norm()
 
 
 def test_large_scaled_gradients_stay_finite_in_float16():
