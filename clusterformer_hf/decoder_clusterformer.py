@@ -258,38 +258,47 @@ class ClusterFormerPyramidClustering(nn.Module):
         keys, values = split_heads(self.key(placed), self.num_heads), split_heads(self.value(features), self.num_heads)
         weights, offset = self.pixel_weight(placed).sigmoid(), self.part_offset(centers)
         centers = split_heads(self.center(centers), self.num_heads)
-        assignments = None
         with maybe_autocast(keys.device.type, enabled=False):
             dtype = torch.promote_types(keys.dtype, torch.float32)
             weights = geometry.zero_padding(geometry.split(weights.to(dtype).mT[..., None]))
             clusters = centers.to(dtype), *self.parts(mean.to(dtype), variance.to(dtype), offset.to(dtype))
-            num_iterations = self.num_iterations
-            if takes_kernels(keys.transpose(1, 2), centers.shape[2], self.query) and num_iterations > 1:
-                # The last iteration's marginals are read, which the kernels do not make.
-                clusters = self.cluster_in_kernels(keys, values, weights, clusters, geometry, center_mask)
-                num_iterations = 1
-            keys, values = unit_vectors(keys.to(dtype)), values.to(dtype)
-            # Contiguous, or the products of every iteration would copy them again.
-            pixels = [geometry.split(pixels.contiguous()) for pixels in (keys, values)]
-            for _ in range(num_iterations):
-                inputs = self.expectation_inputs(clusters, geometry, center_mask)
-                levels = list(zip(*pixels, *inputs, weights))
-                sums = [sum_pixels(*level) for level in levels]
-                *clusters, mass = maximization(sums, geometry)
-            if output_assignments:
-                assignments = [expectation(of_keys, *others) for of_keys, _, *others in levels]
-            centers, *moments = clusters
+            (centers, *moments), mass, marginals, assignments = self.cluster(
+                keys, values, weights, clusters, geometry, center_mask, output_assignments
+            )
             share = mass / mass.sum(dim=1, keepdim=True)
             mean, variance = mixture_moments(share, *moments)
             relative = relative_moments(share, *moments, mean, variance)
-            relative = [relative, *self.edges_of_heads_and_whole(sums, geometry, moments, (mean, variance))]
+            relative = [relative, *self.edges_of_heads_and_whole(marginals, geometry, moments, (mean, variance))]
             relative = torch.cat(relative, dim=-1).to(features.dtype)
         update = centers.transpose(1, 2).flatten(2).to(features.dtype)
         return self.projection(update) + self.moments(relative), mean, variance, relative, assignments
 
-    def edges_of_heads_and_whole(self, sums, geometry, moments, whole) -> list[torch.Tensor]:
-        """[`edges`] of the heads' parts of a cluster and of all of them together, (batch, K, heads or 1 * 4)."""
-        _, *marginals = zip(*sums)
+    def cluster(
+        self, keys, values, weights, clusters, geometry, center_mask, output_assignments: bool
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, list, list[torch.Tensor] | None]:
+        """
+        The T E- and M-steps; the last one's centres, means and variances, its masses as of [`maximization`], its
+        marginals as for [`edges`], and its assignments.
+        """
+        num_iterations, assignments = self.num_iterations, None
+        if takes_kernels(keys.transpose(1, 2), clusters[0].shape[2], self.query) and num_iterations > 1:
+            # But for the last, whose marginals kernels do not make.
+            clusters = self.cluster_in_kernels(keys, values, weights, clusters, geometry, center_mask)
+            num_iterations = 1
+        keys, values = unit_vectors(keys.to(clusters[0].dtype)), values.to(clusters[0].dtype)
+        # Contiguous, or the products of every iteration would copy them again.
+        pixels = [geometry.split(pixels.contiguous()) for pixels in (keys, values)]
+        for _ in range(num_iterations):
+            inputs = self.expectation_inputs(clusters, geometry, center_mask)
+            levels = list(zip(*pixels, *inputs, weights))
+            sums = [sum_pixels(*level) for level in levels]
+            *clusters, mass = maximization(sums, geometry)
+        if output_assignments:
+            assignments = [expectation(of_keys, *others) for of_keys, _, *others in levels]
+        return clusters, mass, list(zip(*sums))[1:], assignments
+
+    def edges_of_heads_and_whole(self, marginals, geometry, moments, whole) -> list[torch.Tensor]:
+        """[`edges`] of the heads' parts of a cluster and of all of them together, (batch, K, 4 * heads or 4)."""
         whole_marginals = [[marginal.sum(dim=1, keepdim=True) for marginal in axis] for axis in marginals]
         of_heads = edges(marginals, geometry, *moments)
         of_whole = edges(whole_marginals, geometry, *(moment[:, None] for moment in whole))
