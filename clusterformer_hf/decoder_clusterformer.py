@@ -207,7 +207,7 @@ class ClusterFormerPyramidClustering(nn.Module):
     Two things are learned beside the paper's, for clusters that are objects: for each head how much a pixel counts in
     the M-step, so that background may count for nothing, and a part of the cluster that a head starts from. With both,
     two layers took 76,000 digit scenes to an AP of .806 instead of 128,000. A centre is told where its heads' pixels
-    lie in relation to each other and where they end, beside the mean of their values.
+    lie in relation to each other and to its place before, and where they end, beside the mean of their values.
     """
 
     def __init__(self, config: ClusterFormerConfig):
@@ -249,10 +249,11 @@ class ClusterFormerPyramidClustering(nn.Module):
             output_assignments (`bool`): Whether to return the last assignments.
 
         Returns:
-            The centres' update (batch, K, dim), the mean and variance of all heads' weighted pixels (batch, K, 2), the
-            heads' own in relation to these and the edges of both (batch, K, 9 * heads + 4; see [`relative_moments`] and
-            [`edges`]), and the last assignments of each level (batch, heads, height * width, K), whose sum over K is
-            the weight of a pixel: in (0, 1) at real pixels and 0 at padded ones.
+            The centres' update (batch, K, dim), the mean and variance of all heads' weighted pixels (batch, K, 2), in
+            relation to these the heads' own and those before, and the edges of heads and whole (batch, K, 9 * heads +
+            8; see [`relative_moments`], [`relative_place`] and [`edges`]), and the last assignments of each level
+            (batch, heads, height * width, K), whose sum over K is the weight of a pixel: in (0, 1) at real pixels and 0
+            at padded ones.
         """
         placed = features + embeddings
         keys, values = split_heads(self.key(placed), self.num_heads), split_heads(self.value(features), self.num_heads)
@@ -261,17 +262,21 @@ class ClusterFormerPyramidClustering(nn.Module):
         with maybe_autocast(keys.device.type, enabled=False):
             dtype = torch.promote_types(keys.dtype, torch.float32)
             weights = geometry.zero_padding(geometry.split(weights.to(dtype).mT[..., None]))
-            clusters = centers.to(dtype), *self.parts(mean.to(dtype), variance.to(dtype), offset.to(dtype))
+            before = mean.to(dtype), variance.to(dtype)
+            clusters = centers.to(dtype), *self.parts(*before, offset.to(dtype))
             (centers, *moments), mass, marginals, assignments = self.cluster(
                 keys, values, weights, clusters, geometry, center_mask, output_assignments
             )
             share = mass / mass.sum(dim=1, keepdim=True)
-            mean, variance = mixture_moments(share, *moments)
-            relative = relative_moments(share, *moments, mean, variance)
-            relative = [relative, *self.edges_of_heads_and_whole(marginals, geometry, moments, (mean, variance))]
+            whole = mixture_moments(share, *moments)
+            relative = [
+                relative_moments(share, *moments, *whole),
+                relative_place(*before, *whole),
+                *self.edges_of_heads_and_whole(marginals, geometry, moments, whole),
+            ]
             relative = torch.cat(relative, dim=-1).to(features.dtype)
         update = centers.transpose(1, 2).flatten(2).to(features.dtype)
-        return self.projection(update) + self.moments(relative), mean, variance, relative, assignments
+        return self.projection(update) + self.moments(relative), *whole, relative, assignments
 
     def cluster(
         self, keys, values, weights, clusters, geometry, center_mask, output_assignments: bool
@@ -410,8 +415,8 @@ def edges(marginals, geometry: PyramidGeometry, mean, variance) -> torch.Tensor:
 
 
 def num_relative_moments(config: ClusterFormerConfig) -> int:
-    """Numbers of [`relative_moments`] and of [`edges`] of each head and of the whole."""
-    return 9 * config.decoder_attention_heads + 4
+    """Numbers of [`relative_moments`], of [`relative_place`], and of [`edges`] of each head and of the whole."""
+    return 9 * config.decoder_attention_heads + 8
 
 
 def mixture_moments(share, mean, variance) -> tuple[torch.Tensor, torch.Tensor]:
@@ -424,20 +429,27 @@ def mixture_moments(share, mean, variance) -> tuple[torch.Tensor, torch.Tensor]:
     return total_mean, total_variance
 
 
-def relative_moments(share, mean, variance, total_mean, total_variance) -> torch.Tensor:
+def relative_moments(share, mean, variance, whole_mean, whole_variance) -> torch.Tensor:
     """
-    How a centre's heads differ from its whole, (batch, K, 5 * heads): offset and log of the extent in units of the
-    whole's extent, rows first, and log of the share of the mass.
+    How a centre's heads differ from its whole, (batch, K, 5 * heads): for each head [`relative_place`] and the log of
+    its share of the mass.
 
     Args:
         share (`torch.Tensor` of shape `(batch, heads, K, 1)`): Of each head in the mass.
         mean, variance (`torch.Tensor` of shape `(batch, heads, K, 2)`): Of their positions.
-        total_mean, total_variance (`torch.Tensor` of shape `(batch, K, 2)`): See [`mixture_moments`].
+        whole_mean, whole_variance (`torch.Tensor` of shape `(batch, K, 2)`): See [`mixture_moments`].
     """
-    extent = total_variance.sqrt()[:, None]
-    log_share = share.clamp_min(MIN_MASS).log()
-    relative = torch.cat([(mean - total_mean[:, None]) / extent, (variance.sqrt() / extent).log(), log_share], dim=-1)
-    return relative.transpose(1, 2).flatten(2)
+    place = relative_place(mean, variance, whole_mean[:, None], whole_variance[:, None])
+    return torch.cat([place, share.clamp_min(MIN_MASS).log()], dim=-1).transpose(1, 2).flatten(2)
+
+
+def relative_place(mean, variance, whole_mean, whole_variance) -> torch.Tensor:
+    """
+    Offset and log of the extent in units of the whole's extent, rows first: (..., 2) each -> (..., 4). Of the place
+    before a layer it keeps what an earlier box knew: an AP of .765 instead of .761 in twelve minutes.
+    """
+    extent = whole_variance.sqrt()
+    return torch.cat([(mean - whole_mean) / extent, (variance.sqrt() / extent).log()], dim=-1)
 
 
 class ClusterFormerCenterAttention(nn.Module):
@@ -526,8 +538,8 @@ class ClusterFormerBoxHead(nn.Module):
 
     def forward(self, centers, mean, variance, relative=None) -> torch.Tensor:
         """
-        Centres (batch, K, dim), moments (batch, K, 2) and, after a layer, those of the heads and the edges (batch, K,
-        9 * heads + 4); returns (batch, K, 4) of cx, cy, w, h in [0, 1].
+        Centres (batch, K, dim), moments (batch, K, 2) and, after a layer, those in relation to them and the edges
+        (batch, K, 9 * heads + 8); returns (batch, K, 4) of cx, cy, w, h in [0, 1].
         """
         hidden = self.fc1(centers)
         if self.parts is not None:
