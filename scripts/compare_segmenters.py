@@ -123,11 +123,11 @@ def clusterformer_config(size: int) -> ClusterFormerConfig:
 
 
 def swin(size: int) -> SwinConfig:
-    """Of the same strides and depths, in the widths that Swin doubles."""
+    """Of the same strides and depths, so wide that no peer has more than twice our parameters."""
     return SwinConfig(
         image_size=size,
         patch_size=2,
-        embed_dim=WIDTHS[0],
+        embed_dim=24,
         depths=DEPTHS,
         num_heads=[1, 2, 4, 8],
         window_size=6,
