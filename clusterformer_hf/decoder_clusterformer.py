@@ -45,8 +45,12 @@ from .kernels_clusterformer import MAX_EXTENT, MIN_EXTENT, MIN_MASS, cluster
 
 # Class logits of surplus centres: a score of 4e-9, and a focal loss that stays small where one must be matched.
 SURPLUS_LOGIT = -19.0
-# Edges: how fast the exponential grows in an extent, what its mean is in an evenly filled box, and where it stops.
-EDGE_RATE, EVEN_EDGE, MAX_DEVIATION = 2.0, math.log(math.sinh(2 * 3**0.5) / (2 * 3**0.5)), 4.0
+# Of edges: how fast the exponential grows in an extent, how many extents it is taken to, and the log of its mean in an
+# evenly filled box, which ends at the root of 3 extents.
+EDGE_RATE, MAX_EDGE_DEVIATION = 2.0, 4.0
+EVEN_EDGE = math.log(math.sinh(EDGE_RATE * 3**0.5) / (EDGE_RATE * 3**0.5))
+# Extents that a place is told to be off at most: of a cluster without pixels it is far.
+MAX_OFFSET = 8.0
 
 
 class ClusterFormerSmoothing(nn.Conv2d):
@@ -223,7 +227,7 @@ class ClusterFormerPyramidClustering(nn.Module):
         self.part_offset = ClusterFormerPartOffset(dim, 2 * self.num_heads)
         self.part_scale = nn.Parameter(torch.empty(self.num_heads, 1, 1))  # log of a part's share of the variance
         self.projection = nn.Linear(dim, dim)
-        self.moments = nn.Linear(num_relative_moments(config), dim, bias=False)
+        self.moments = nn.Linear(num_relative_features(config), dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(self.num_heads, 1, 1))  # log of the temperature
         self.spatial_weight = nn.Parameter(torch.empty(self.num_heads, 1, 1))
 
@@ -251,36 +255,31 @@ class ClusterFormerPyramidClustering(nn.Module):
         Returns:
             The centres' update (batch, K, dim), the mean and variance of all heads' weighted pixels (batch, K, 2), in
             relation to these the heads' own and those before, and the edges of heads and whole (batch, K, 9 * heads +
-            8; see [`relative_moments`], [`relative_place`] and [`edges`]), and the last assignments of each level
-            (batch, heads, height * width, K), whose sum over K is the weight of a pixel: in (0, 1) at real pixels and 0
-            at padded ones.
+            8; see [`relative_features`]), and the last assignments of each level (batch, heads, height * width, K),
+            whose sum over K is the weight of a pixel: in (0, 1) at real pixels and 0 at padded ones.
         """
         placed = features + embeddings
         keys, values = split_heads(self.key(placed), self.num_heads), split_heads(self.value(features), self.num_heads)
-        weights, offset = self.pixel_weight(placed).sigmoid(), self.part_offset(centers)
+        weights, offset = self.pixel_weight(placed), self.part_offset(centers)
         centers = split_heads(self.center(centers), self.num_heads)
         with maybe_autocast(keys.device.type, enabled=False):
             dtype = torch.promote_types(keys.dtype, torch.float32)
-            weights = geometry.zero_padding(geometry.split(weights.to(dtype).mT[..., None]))
+            # The gradient of a light pixel's weight leaves the range of float16.
+            weights = geometry.zero_padding(geometry.split(weights.to(dtype).sigmoid().mT[..., None]))
             before = mean.to(dtype), variance.to(dtype)
             clusters = centers.to(dtype), *self.parts(*before, offset.to(dtype))
-            (centers, *moments), mass, marginals, assignments = self.cluster(
+            (centers, *moments), mass, marginals, assignments = self.iterate(
                 keys, values, weights, clusters, geometry, center_mask, output_assignments
             )
             share = mass / mass.sum(dim=1, keepdim=True)
             whole = mixture_moments(share, *moments)
-            relative = [
-                relative_moments(share, *moments, *whole),
-                relative_place(*before, *whole),
-                *self.edges_of_heads_and_whole(marginals, geometry, moments, whole),
-            ]
-            relative = torch.cat(relative, dim=-1).to(features.dtype)
+            relative = relative_features(share, moments, whole, before, marginals, geometry).to(features.dtype)
         update = centers.transpose(1, 2).flatten(2).to(features.dtype)
         return self.projection(update) + self.moments(relative), *whole, relative, assignments
 
-    def cluster(
+    def iterate(
         self, keys, values, weights, clusters, geometry, center_mask, output_assignments: bool
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, list, list[torch.Tensor] | None]:
+    ) -> tuple[list[torch.Tensor], torch.Tensor, list[tuple[torch.Tensor, ...]], list[torch.Tensor] | None]:
         """
         The T E- and M-steps; the last one's centres, means and variances, its masses as of [`maximization`], its
         marginals as for [`edges`], and its assignments.
@@ -300,14 +299,8 @@ class ClusterFormerPyramidClustering(nn.Module):
             *clusters, mass = maximization(sums, geometry)
         if output_assignments:
             assignments = [expectation(of_keys, *others) for of_keys, _, *others in levels]
-        return clusters, mass, list(zip(*sums))[1:], assignments
-
-    def edges_of_heads_and_whole(self, marginals, geometry, moments, whole) -> list[torch.Tensor]:
-        """[`edges`] of the heads' parts of a cluster and of all of them together, (batch, K, 4 * heads or 4)."""
-        whole_marginals = [[marginal.sum(dim=1, keepdim=True) for marginal in axis] for axis in marginals]
-        of_heads = edges(marginals, geometry, *moments)
-        of_whole = edges(whole_marginals, geometry, *(moment[:, None] for moment in whole))
-        return [edge.transpose(1, 2).flatten(2) for edge in (of_heads, of_whole)]
+        _, *marginals = zip(*sums)
+        return clusters, mass, marginals, assignments
 
     def cluster_in_kernels(self, keys, values, weights, clusters, geometry, center_mask) -> tuple[torch.Tensor, ...]:
         """All E- and M-steps but the last; returns centres, means and variances as [`maximization`]."""
@@ -384,12 +377,48 @@ def maximization(sums, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:
     return sum(values) / mass[..., None], torch.stack(means, dim=-1), variance, mass[..., None]
 
 
+def num_relative_features(config: ClusterFormerConfig) -> int:
+    """Numbers of [`relative_features`]: nine of each head, four of the whole and four of its place before."""
+    return 9 * config.decoder_attention_heads + 8
+
+
+def relative_features(share, moments, whole, before, marginals, geometry: PyramidGeometry) -> torch.Tensor:
+    """
+    What a centre is told of the place of its pixels, in units of their extent.
+
+    Args:
+        share (`torch.Tensor` of shape `(batch, heads, K, 1)`): Of each head in the mass.
+        moments (`list[torch.Tensor]`): Mean and variance of each head's pixels, (batch, heads, K, 2) each.
+        whole, before (`tuple[torch.Tensor, torch.Tensor]`):
+            Mean and variance, (batch, K, 2) each: of all heads' pixels, and as they were before the layer.
+        marginals: See [`edges`].
+
+    Returns:
+        `(batch, K, 9 * heads + 8)`: for each head its [`relative_place`] and the log of its share; the place before;
+        and the [`edges`] of each head and of all.
+    """
+    of_whole = [moment[:, None] for moment in whole]
+    heads = torch.cat([relative_place(*moments, *of_whole), share.clamp_min(MIN_MASS).log()], dim=-1)
+    marginals = [
+        [torch.cat([level, level.sum(dim=1, keepdim=True)], dim=1) for level in of_axis] for of_axis in marginals
+    ]
+    all_edges = edges(marginals, geometry, *(torch.cat(both, dim=1) for both in zip(moments, of_whole)))
+    heads, all_edges = (numbers.transpose(1, 2).flatten(2) for numbers in (heads, all_edges))
+    return torch.cat([heads, relative_place(*before, *whole), all_edges], dim=-1)
+
+
+def relative_place(mean, variance, whole_mean, whole_variance) -> torch.Tensor:
+    """Offset and log of the extent in units of the whole's extent, rows first: (..., 2) each -> (..., 4)."""
+    extent = whole_variance.sqrt()
+    offset = ((mean - whole_mean) / extent).clamp(-MAX_OFFSET, MAX_OFFSET)
+    return torch.cat([offset, (variance.sqrt() / extent).log()], dim=-1)
+
+
 def edges(marginals, geometry: PyramidGeometry, mean, variance) -> torch.Tensor:
     """
     Where clusters end: the logs of the means of exp(2 z) and exp(-2 z) along rows and columns, z being a pixel's
-    deviation in units of the cluster's extent, less their value in an evenly filled box. An object ends where its mass
-    ends, however little of it is there, which mean and variance do not tell: with edges a layer came to an AP of .758
-    instead of .740 in twelve minutes.
+    deviation in units of the cluster's extent, less what they are in an evenly filled box of many pixels. An object
+    ends where its mass ends, however little of it is there, which mean and variance do not tell.
 
     Args:
         marginals (`list[list[torch.Tensor]]`):
@@ -406,17 +435,12 @@ def edges(marginals, geometry: PyramidGeometry, mean, variance) -> torch.Tensor:
         at_ends, at_starts = 0, 0
         for marginal, positions in zip(levels, geometry.positions):
             deviation = (positions[axis][:, None, :, None] - center) / extent
-            exponent = EDGE_RATE * deviation.clamp(-MAX_DEVIATION, MAX_DEVIATION)
+            exponent = EDGE_RATE * deviation.clamp(-MAX_EDGE_DEVIATION, MAX_EDGE_DEVIATION)
             at_ends = at_ends + (marginal * exponent.exp()).sum(dim=2)
             at_starts = at_starts + (marginal * (-exponent).exp()).sum(dim=2)
         # At least 1 by convexity, but in a cluster without pixels.
         results += [(sums / mass).clamp_min(1).log() - EVEN_EDGE for sums in (at_ends, at_starts)]
     return torch.stack(results, dim=-1)
-
-
-def num_relative_moments(config: ClusterFormerConfig) -> int:
-    """Numbers of [`relative_moments`], of [`relative_place`], and of [`edges`] of each head and of the whole."""
-    return 9 * config.decoder_attention_heads + 8
 
 
 def mixture_moments(share, mean, variance) -> tuple[torch.Tensor, torch.Tensor]:
@@ -427,29 +451,6 @@ def mixture_moments(share, mean, variance) -> tuple[torch.Tensor, torch.Tensor]:
     total_mean = (share * mean).sum(dim=1)
     total_variance = (share * (variance + (mean - total_mean[:, None]).square())).sum(dim=1)
     return total_mean, total_variance
-
-
-def relative_moments(share, mean, variance, whole_mean, whole_variance) -> torch.Tensor:
-    """
-    How a centre's heads differ from its whole, (batch, K, 5 * heads): for each head [`relative_place`] and the log of
-    its share of the mass.
-
-    Args:
-        share (`torch.Tensor` of shape `(batch, heads, K, 1)`): Of each head in the mass.
-        mean, variance (`torch.Tensor` of shape `(batch, heads, K, 2)`): Of their positions.
-        whole_mean, whole_variance (`torch.Tensor` of shape `(batch, K, 2)`): See [`mixture_moments`].
-    """
-    place = relative_place(mean, variance, whole_mean[:, None], whole_variance[:, None])
-    return torch.cat([place, share.clamp_min(MIN_MASS).log()], dim=-1).transpose(1, 2).flatten(2)
-
-
-def relative_place(mean, variance, whole_mean, whole_variance) -> torch.Tensor:
-    """
-    Offset and log of the extent in units of the whole's extent, rows first: (..., 2) each -> (..., 4). Of the place
-    before a layer it keeps what an earlier box knew: an AP of .765 instead of .761 in twelve minutes.
-    """
-    extent = whole_variance.sqrt()
-    return torch.cat([(mean - whole_mean) / extent, (variance.sqrt() / extent).log()], dim=-1)
 
 
 class ClusterFormerCenterAttention(nn.Module):
@@ -524,14 +525,15 @@ class ClusterFormerBoxHead(nn.Module):
 
     The refinement is added in logit space, which keeps boxes in [0, 1], in steps of the box's own size: small and large
     boxes are refined alike (class-free AP50 .455 against .366 after 250 steps on digit scenes, without the sigmoid).
-    After a layer the MLP also sees how the heads' moments differ, as heads come to lie on different parts of an object.
+    After a layer the MLP also sees how the heads' moments differ, as heads come to lie on different parts of an object,
+    where their pixels end and where the box was before.
     """
 
     def __init__(self, config: ClusterFormerConfig, follows_layer: bool):
         super().__init__()
         dim = config.decoder_hidden_size
         self.fc1 = nn.Linear(dim, dim)
-        self.parts = nn.Linear(num_relative_moments(config), dim, bias=False) if follows_layer else None
+        self.parts = nn.Linear(num_relative_features(config), dim, bias=False) if follows_layer else None
         self.fc2 = nn.Linear(dim, dim)
         self.activation = nn.ReLU()
         self.delta = ClusterFormerBoxDelta(dim, 4)
@@ -539,7 +541,7 @@ class ClusterFormerBoxHead(nn.Module):
     def forward(self, centers, mean, variance, relative=None) -> torch.Tensor:
         """
         Centres (batch, K, dim), moments (batch, K, 2) and, after a layer, those in relation to them and the edges
-        (batch, K, 9 * heads + 8); returns (batch, K, 4) of cx, cy, w, h in [0, 1].
+        (batch, K, 9 * heads + 8; see [`relative_features`]); returns (batch, K, 4) of cx, cy, w, h in [0, 1].
         """
         hidden = self.fc1(centers)
         if self.parts is not None:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Behaviour of the object detector: boxes from clusters, losses, padding, labels."""
 
+import itertools
 import math
 
 import pytest
@@ -24,11 +25,16 @@ from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetect
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification, ClusterFormerForObjectDetection
 from clusterformer_hf.clustering_clusterformer import stage_geometry
 from clusterformer_hf.decoder_clusterformer import (
+    EVEN_EDGE,
+    MAX_OFFSET,
     PyramidGeometry,
     boxes_to_moments,
     edges,
     maximization,
+    mixture_moments,
     moments_to_boxes,
+    num_relative_features,
+    relative_features,
 )
 
 
@@ -157,29 +163,91 @@ def test_moments_of_boxes_and_boxes_of_moments():
     torch.testing.assert_close(moments_to_boxes(mean, variance), boxes)
 
 
-def edges_of(*marginals):
-    """Of a cluster with these masses of rows, the same as of columns, on levels of so many rows."""
-    levels = [stage_geometry((len(m), len(m)), (2, 2), 1, None, torch.zeros(1).double()) for m in marginals]
-    geometry = PyramidGeometry(levels)
-    marginals = [torch.tensor(marginal).double().view(1, 1, -1, 1).requires_grad_() for marginal in marginals]
+def pyramid(*sizes) -> PyramidGeometry:
+    """Of levels of so many rows and columns, in float64."""
+    return PyramidGeometry([stage_geometry(size, (2, 2), 1, None, torch.zeros(1).double()) for size in sizes])
+
+
+def edges_of(*rows):
+    """Edges along rows of a cluster with these masses of rows, on levels of so many rows."""
+    marginals = [torch.tensor(marginal).double().view(1, 1, -1, 1) for marginal in rows]
+    geometry = pyramid(*[(len(marginal), len(marginal)) for marginal in rows])
     sums = [(torch.zeros(1, 1, 1, 1).double(), marginal, marginal) for marginal in marginals]
     _, mean, variance, _ = maximization(sums, geometry)
-    result = edges((marginals, marginals), geometry, mean, variance)
-    gradients = torch.autograd.grad(result.sum(), marginals)
-    assert all(gradient.isfinite().all() for gradient in gradients)
-    return result.flatten()
+    return edges((marginals, marginals), geometry, mean, variance).flatten()[:2]
 
 
 def test_edges_are_where_mass_ends():
-    torch.testing.assert_close(edges_of([0.0] * 50 + [1] * 100 + [0] * 50), torch.zeros(4).double(), atol=1e-3, rtol=0)
-    # A faint tail at the high end: the mass ends farther there, in rows as in columns.
-    end, start, *of_columns = edges_of([0.0] * 50 + [1] * 60 + [0.2] * 60 + [0] * 30)
-    assert end > 0.2 and start < -0.1
-    torch.testing.assert_close(torch.stack(of_columns), torch.stack([end, start]))
-    torch.testing.assert_close(edges_of([0.0, 2, 2, 1, 0, 0])[:2], edges_of([0.0, 0, 1, 2, 2, 0])[:2].flip(0))
+    nothing = torch.zeros(2).double()
+    torch.testing.assert_close(edges_of([0.0] * 50 + [1] * 100 + [0] * 50), nothing, atol=1e-3, rtol=0)
     on_two_levels = edges_of([0.0] * 20 + [1] * 20 + [0] * 40, [0.0] * 10 + [1] * 10 + [0] * 20)
-    torch.testing.assert_close(on_two_levels, torch.zeros(4).double(), atol=0.02, rtol=0)
-    assert edges_of([0.0] * 8).isfinite().all()  # no mass
+    torch.testing.assert_close(on_two_levels, nothing, atol=0.02, rtol=0)
+    end, start = edges_of([0.0] * 50 + [1] * 60 + [0.2] * 60 + [0] * 30)  # a faint tail at the high end
+    assert end > 0.2 and start < -0.1
+    torch.testing.assert_close(edges_of([0.0, 2, 2, 1, 0, 0]), edges_of([0.0, 0, 1, 2, 2, 0]).flip(0))
+    # Of few pixels, which are points here, and of none.
+    torch.testing.assert_close(edges_of([0.0, 1, 0, 0]), nothing - EVEN_EDGE)
+    torch.testing.assert_close(edges_of([0.0, 1, 1, 0]), nothing + math.log(math.cosh(3**0.5)) - EVEN_EDGE)
+    torch.testing.assert_close(edges_of([0.0] * 8), nothing - EVEN_EDGE)
+
+
+def random_marginals():
+    """Of two heads and three clusters on two levels, rows and columns of equal mass, and what they are summed to."""
+    torch.manual_seed(0)
+    masses = [torch.rand(1, 2, height, width, 3).double().square() for height, width in ((6, 9), (3, 5))]
+    return [[mass.sum(dim=3) for mass in masses], [mass.sum(dim=2) for mass in masses]], pyramid((6, 9), (3, 5))
+
+
+def moments_of(rows, columns, geometry):
+    sums = [(torch.zeros(1, 2, 3, 1).double(), *marginals) for marginals in zip(rows, columns)]
+    return maximization(sums, geometry)[1:]
+
+
+def test_edges_of_every_head_cluster_and_axis():
+    marginals, geometry = random_marginals()
+    mean, variance, _ = moments_of(*marginals, geometry)
+    found = edges(marginals, geometry, mean, variance)
+    for head, cluster, axis in itertools.product(range(2), range(3), range(2)):
+        mass = torch.cat([level[0, head, :, cluster] for level in marginals[axis]])
+        positions = torch.cat([level[axis][0] for level in geometry.positions])
+        z = (positions - mean[0, head, cluster, axis]) / variance[0, head, cluster, axis].sqrt()
+        expected = [((mass * (rate * z).exp()).sum() / mass.sum()).log() - EVEN_EDGE for rate in (2, -2)]
+        torch.testing.assert_close(found[0, head, cluster, 2 * axis : 2 * axis + 2], torch.stack(expected))
+
+    def of_marginals(*levels):
+        rows, columns = levels[:2], levels[2:]
+        return edges((rows, columns), geometry, *moments_of(rows, columns, geometry)[:2])
+
+    levels = [level.requires_grad_() for of_axis in marginals for level in of_axis]
+    assert torch.autograd.gradcheck(of_marginals, levels)
+
+
+def test_order_of_what_a_centre_is_told():
+    marginals, geometry = random_marginals()
+    *moments, mass = moments_of(*marginals, geometry)
+    share = mass / mass.sum(dim=1, keepdim=True)
+    whole = mixture_moments(share, *moments)
+    before = torch.rand(1, 3, 2).double(), torch.full((1, 3, 2), 0.01).double()
+    told = relative_features(share, moments, whole, before, marginals, geometry)
+    assert told.shape == (1, 3, num_relative_features(ClusterFormerConfig(decoder_attention_heads=2)))
+    expected = []
+    for head in range(2):
+        offset = (moments[0][:, head] - whole[0]) / whole[1].sqrt()
+        expected += [offset, (moments[1][:, head] / whole[1]).log() / 2, share[:, head].log()]
+    expected += [(before[0] - whole[0]) / whole[1].sqrt(), (before[1] / whole[1]).log() / 2]
+    expected += edges(marginals, geometry, *moments).unbind(dim=1)
+    both = [[level.sum(dim=1, keepdim=True) for level in of_axis] for of_axis in marginals]
+    expected.append(edges(both, geometry, whole[0][:, None], whole[1][:, None])[:, 0])
+    torch.testing.assert_close(told, torch.cat(expected, dim=-1))
+
+
+def test_clusters_without_pixels_stay_finite():
+    """Masses, places and edges of nothing, far from where the centre was."""
+    share, nowhere = torch.full((1, 2, 3, 1), 0.5), [torch.zeros(1, 2, 3, 2), torch.full((1, 2, 3, 2), 0.02**2)]
+    whole, before = [moment[:, 0] for moment in nowhere], [torch.full((1, 3, 2), 0.9), torch.full((1, 3, 2), 0.01)]
+    geometry = PyramidGeometry([stage_geometry((4, 4), (2, 2), 1, None, torch.zeros(1))])
+    told = relative_features(share, nowhere, whole, before, [[torch.zeros(1, 2, 4, 3)]] * 2, geometry)
+    assert told.isfinite().all() and told.abs().max() <= MAX_OFFSET
 
 
 def test_post_processing_by_the_library():
@@ -314,6 +382,17 @@ def test_autocast_is_finite_and_close(dtype):
     assert torch.isfinite(outputs.loss)
     assert outputs.pred_boxes.dtype == torch.float32  # 16 bits would round a box by pixels
     torch.testing.assert_close(outputs.pred_boxes, expected.pred_boxes, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("weight", [-12, -18])
+def test_gradients_of_light_pixels_are_finite_in_float16(weight):
+    model = nano_detector().train()
+    for layer in model.decoder.layers:
+        torch.nn.init.constant_(layer.clustering.pixel_weight.bias, weight)
+    with torch.autocast("cpu", torch.float16):
+        loss = model(images(1, 3, 64, 64), labels=targets(2)).loss
+    (64 * loss).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
 
 def test_training_on_one_picture_finds_its_boxes():
