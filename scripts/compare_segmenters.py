@@ -21,8 +21,8 @@ Panoptic: ClusterFormer beside MaskFormer and Mask2Former, with panoptic quality
 digits, and mean IoU. Semantic: ClusterFormer beside Segformer and UperNet, with mean IoU.
 
 Every model sees digit scenes in the same order with the same augmentation, in batches of one size, for the same budget
-of processor time: 60 minutes are half an hour on two cores. See `learning_curves.py` for what that means, and for the
-file of finished runs that the table is made from.
+of processor time: 60 minutes are half an hour on two cores. With `--samples` it is the same number of scenes. See
+`learning_curves.py` for what that means, and for the file of finished runs that the table is made from.
 """
 
 import inspect

@@ -51,7 +51,9 @@ class ComparisonArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the weights and the order."})
     cpu_minutes: float = field(default=60.0, metadata={"help": "Processor time for training a model, all cores."})
     samples: int | None = field(default=None, metadata={"help": "Train on so many scenes instead, however long."})
-    device: str = field(default="cpu", metadata={"help": "Where to train; other than `cpu` only with --samples."})
+    device: str = field(
+        default="cpu", metadata={"help": "Where to train; `cuda` only with --samples.", "choices": ["cpu", "cuda"]}
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that prepare scenes."})
     size: int = field(default=96, metadata={"help": "Side of the scenes in pixels."})
     num_train: int = field(default=3000, metadata={"help": "Training scenes."})
@@ -63,6 +65,13 @@ class ComparisonArguments:
     def __post_init__(self):
         if self.samples is None and self.device != "cpu":
             raise ValueError(f"--device {self.device} needs --samples: processor time says nothing of other devices.")
+        if self.samples is not None and self.samples < self.batch_size * self.num_evaluations:
+            raise ValueError(
+                f"--samples {self.samples} are fewer than a batch of {self.batch_size} for each of "
+                f"{self.num_evaluations} evaluations."
+            )
+        if self.num_train < self.batch_size:
+            raise ValueError(f"--num_train {self.num_train} scenes make no batch of {self.batch_size}.")
 
     def settings(self) -> dict:
         """What runs must have in common to stand in one table."""
@@ -83,7 +92,8 @@ def learning_curve(
     Trains a model for `args.cpu_minutes` or `args.samples` and evaluates it `args.num_evaluations` times on the way.
 
     Returns:
-        For each evaluation the samples seen, the processor time in minutes and what `evaluate` returned.
+        For each evaluation the samples seen, where the budget is processor time the minutes of it, and what `evaluate`
+        returned.
     """
     model.to(args.device).train()
     # Without decay: biases, norms, and temperatures of heads, (heads, 1, 1).
@@ -109,7 +119,8 @@ def learning_curve(
             progress = minutes / args.cpu_minutes if args.samples is None else samples / args.samples
             if progress >= (len(curve) + 1) / args.num_evaluations:
                 model.eval()
-                curve.append({"samples": samples, "cpu_minutes": minutes, **evaluate()})
+                spent = {"cpu_minutes": minutes} if args.samples is None else {}
+                curve.append({"samples": samples, **spent, **evaluate()})
                 model.train()
                 print(curve[-1], flush=True)
             if progress >= 1:

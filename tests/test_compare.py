@@ -67,8 +67,13 @@ def test_a_budget_of_samples_is_the_same_for_all(tmp_path, monkeypatch):
     script.main([*FLAGS, *flags, "--num_evaluations", "2", "--dataloader_num_workers", "1"])
     runs = json.loads((tmp_path / "runs.json").read_text())
     assert [[point["samples"] for point in run["curve"]] for run in runs] == [[4, 6], [4, 6]]
-    with pytest.raises(ValueError, match="--device cuda needs --samples"):
-        script.main([*FLAGS, "--device", "cuda"])
+    for flags, message in (
+        (["--device", "cuda"], "--device cuda needs --samples"),
+        (["--samples", "3", "--num_evaluations", "2"], "--samples 3 are fewer than a batch of 2 for each of 2"),
+        (["--num_train", "1"], "--num_train 1 scenes make no batch of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.main([*FLAGS, *flags])
 
 
 def test_unknown_models_are_named(script):
@@ -150,5 +155,6 @@ def test_every_detector_sees_the_same_pictures(monkeypatch):
 def test_runs_of_other_tasks_and_curves_are_not_mixed(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     arguments = importlib.import_module("compare_segmenters").Arguments
-    settings = [arguments(**fields).settings() for fields in ({}, {"task": "semantic"}, {"num_evaluations": 3})]
+    fields = [{}, {"task": "semantic"}, {"num_evaluations": 3}, {"samples": 1000}]
+    settings = [arguments(**own).settings() for own in fields]
     assert not any(one.items() <= other.items() for one in settings for other in settings if one is not other)
