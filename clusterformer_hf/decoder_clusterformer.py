@@ -428,9 +428,9 @@ def edges(marginals, geometry: PyramidGeometry, mean, variance) -> torch.Tensor:
     Returns:
         `(batch, heads, K, 4)`: along rows at their ends and starts, then along columns.
     """
+    mass = sum(rows.sum(dim=2) for rows in marginals[0]).clamp_min(MIN_MASS)
     results = []
     for axis, levels in enumerate(marginals):
-        mass = sum(marginal.sum(dim=2) for marginal in levels).clamp_min(MIN_MASS)
         center, extent = mean[:, :, None, :, axis], variance[:, :, None, :, axis].sqrt()
         at_ends, at_starts = 0, 0
         for marginal, positions in zip(levels, geometry.positions):
