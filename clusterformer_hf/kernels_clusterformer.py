@@ -309,7 +309,7 @@ def update_kernel(
 @kernel
 def backward_kernel(
     keys, values, centers, place, query_weight, query_bias, logit_scale, spatial_weight, pixels, pixel_weights,
-    center_bias, new_centers, new_place, new_mass, of_centers, of_place, of_mass, of_keys, of_values, of_weights,
+    center_bias, new_centers, new_place, new_mass, of_centers, of_place, of_keys, of_values, of_weights,
     of_queries, of_moments, N, K, D, num_heads, tiles, num_splits,
     key_b, key_n, key_h, value_b, value_n, value_h, pixels_b, weights_b, weights_h, place_b, place_h,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -355,8 +355,6 @@ def backward_kernel(
     of_x = of_x / safe - of_variance_x * new_x * missing
     origin_y, origin_x = tl.where(is_massive, new_y, 0.0), tl.where(is_massive, new_x, 0.0)
     constant = tl.where(is_massive, constant, 0.0)
-    if IS_LAST:
-        constant += tl.load(of_mass + row * K + k, mask=k < K, other=0.0)
 
     q_total = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     total_y = tl.zeros((BLOCK_K,), tl.float32)
@@ -606,7 +604,6 @@ def _(keys, values, centers, *others):
 def cluster_backward(
     of_centers: Tensor,
     of_place: Tensor,
-    of_mass: Tensor,
     all_centers: list[Tensor],
     all_places: list[Tensor],
     all_masses: list[Tensor],
@@ -626,13 +623,12 @@ def cluster_backward(
     (batch * heads) query weights, query bias, and logit scale and spatial weight (2).
     """
     inputs = (query_weight, query_bias, logit_scale, spatial_weight, pixels, pixel_weights, center_bias)
-    of_clusters = (of_centers, of_place, of_mass)
     with on_device_of(keys):
-        return launch_backward(of_clusters, (all_centers, all_places, all_masses), keys, values, inputs)
+        return launch_backward((of_centers, of_place), (all_centers, all_places, all_masses), keys, values, inputs)
 
 
 def launch_backward(of_clusters, all_clusters, keys, values, inputs) -> tuple[Tensor, ...]:
-    (of_centers, of_place, of_mass), (all_centers, all_places, all_masses) = of_clusters, all_clusters
+    (of_centers, of_place), (all_centers, all_places, all_masses) = of_clusters, all_clusters
     *parameters, pixels, pixel_weights, _ = inputs
     launch = Launch(keys, values, all_centers[0], pixels, pixel_weights)
     gradients = empty_gradients(keys, all_centers[0], pixel_weights)
@@ -644,7 +640,7 @@ def launch_backward(of_clusters, all_clusters, keys, values, inputs) -> tuple[Te
         is_last, strides = i == len(all_masses) - 1, place_strides(all_places[i])
         backward_kernel[(launch.rows, launch.splits)](
             keys, values, all_centers[i], all_places[i], *inputs,
-            all_centers[i + 1], all_places[i + 1], all_masses[i], of_centers, of_place, of_mass, of_keys, of_values,
+            all_centers[i + 1], all_places[i + 1], all_masses[i], of_centers, of_place, of_keys, of_values,
             None if pixel_weights is None else of_weights, of_queries, of_moments, *launch.sizes, *launch.strides,
             *strides, **launch.for_pixels, MIN_MASS=MIN_MASS, **launch.bounds, IS_LAST=is_last, IS_FIRST=i == 0,
             OF_DTYPE=of_dtype,
@@ -668,7 +664,7 @@ def empty_gradients(keys: Tensor, centers: Tensor, pixel_weights: Tensor | None)
 
 
 @cluster_backward.register_fake
-def _(of_centers, of_place, of_mass, all_centers, all_places, all_masses, keys, values, *others):
+def _(of_centers, of_place, all_centers, all_places, all_masses, keys, values, *others):
     return empty_gradients(keys, all_centers[0], others[-2])
 
 
@@ -677,13 +673,12 @@ def save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
 
 
-def backward(ctx, of_centers, of_place, of_mass, *of_history):
+def backward(ctx, of_centers, of_place, *_):
     *inputs, last_centers, last_place, last_mass, centers, places, masses = ctx.saved_tensors
     keys, values, first_centers, first_place, *parameters, pixels, pixel_weights, center_bias = inputs
     of_keys, of_values, of_weights, of_first, of_first_place, of_weight, of_bias, of_scales = cluster_backward(
         zeros_if_none(of_centers, last_centers),
         zeros_if_none(of_place, last_place),
-        zeros_if_none(of_mass, last_mass),
         [first_centers, *centers.unbind(), last_centers],
         [first_place, *places.unbind(), last_place],
         [*masses.unbind(), last_mass],
