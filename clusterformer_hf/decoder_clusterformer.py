@@ -362,7 +362,7 @@ def maximization(sums, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:
         (batch, heads, K, 1).
     """
     values, *marginals = zip(*sums)
-    mass = sum(rows.sum(dim=2) for rows in marginals[0]).clamp_min(MIN_MASS)
+    mass = mass_of_rows(marginals[0])
     means, variances = [], []
     for axis, own in enumerate(marginals):
         positions = [level[axis][:, None, :, None] for level in geometry.positions]
@@ -375,6 +375,11 @@ def maximization(sums, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:
         variances.append(spread / mass)
     variance = torch.stack(variances, dim=-1).clamp(MIN_EXTENT**2, MAX_EXTENT**2)
     return sum(values) / mass[..., None], torch.stack(means, dim=-1), variance, mass[..., None]
+
+
+def mass_of_rows(rows) -> torch.Tensor:
+    """Mass of clusters, of that of the rows of each level: (batch, heads, height, K) each -> (batch, heads, K)."""
+    return sum(level.sum(dim=2) for level in rows).clamp_min(MIN_MASS)
 
 
 def num_relative_features(config: ClusterFormerConfig) -> int:
@@ -428,7 +433,7 @@ def edges(marginals, geometry: PyramidGeometry, mean, variance) -> torch.Tensor:
     Returns:
         `(batch, heads, K, 4)`: along rows at their ends and starts, then along columns.
     """
-    mass = sum(rows.sum(dim=2) for rows in marginals[0]).clamp_min(MIN_MASS)
+    mass = mass_of_rows(marginals[0])
     results = []
     for axis, levels in enumerate(marginals):
         center, extent = mean[:, :, None, :, axis], variance[:, :, None, :, axis].sqrt()

@@ -561,7 +561,8 @@ def cluster(
 
     Returns:
         In float32 the last centres, their place (batch, heads, 4, K) and their mass (batch, heads, K), and the same
-        three of the iterations before, (T - 1, ...) each, for the backward pass.
+        three of the iterations before, (T - 1, ...) each, for the backward pass. Gradients reach the last centres and
+        their place alone: those of masses and of the history are not taken.
     """
     inputs = (query_weight, query_bias, logit_scale, spatial_weight, pixels, pixel_weights, center_bias)
     with on_device_of(keys):
