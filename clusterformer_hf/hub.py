@@ -22,14 +22,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageDraw
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
-from .model_card import RECORD_NAME, TrainingRecord, render_model_card
+from .model_card import DEFAULT_LICENSE, TrainingRecord, render_model_card
 from .modeling_clusterformer import ClusterFormerPreTrainedModel
 from .provenance import read_for
 
@@ -38,7 +38,6 @@ logger = logging.get_logger(__name__)
 
 EXAMPLE_NAME = "example.png"
 RESULTS_NAME = "eval_results.json"
-DEFAULT_LICENSE = "apache-2.0"
 PICTURE = re.compile(r"!\[[^\]]*\]\(([\w.-]+)\)")  # of the same folder, in Markdown
 # What Auto classes load each model from its repository, where this package is not installed, beside AutoModel and
 # AutoBackbone. Pipelines take the first that they find, so a class that would read the weights in another way is not
@@ -163,17 +162,6 @@ def check_repo_id(repo_id: str):
         raise ValueError(f"{repo_id!r} is no name of a repository, USER/NAME: {error}") from error
     if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id!r} is no name of a repository: it must be USER/NAME or ORGANISATION/NAME.")
-
-
-def known_license(folder: str | Path) -> str | None:
-    """
-    The license in the README.md of a model's folder; if it has none, `DEFAULT_LICENSE`, or None for a model that was
-    trained from another, whose license its weights may be under.
-    """
-    card, record = Path(folder, "README.md"), Path(folder, RECORD_NAME)
-    license = ModelCard.load(card).data.license if card.is_file() else None
-    base_model = json.loads(record.read_text(encoding="utf-8"))["base_model"] if record.is_file() else None
-    return license or (None if base_model else DEFAULT_LICENSE)
 
 
 def find_token(token: str | None = None) -> str:

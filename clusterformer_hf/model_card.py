@@ -30,6 +30,7 @@ from .provenance import PROVENANCE, fingerprint, read_for
 
 TEMPLATES = Path(__file__).parent / "model_cards"
 RECORD_NAME = "training_record.json"
+DEFAULT_LICENSE = "apache-2.0"
 
 # Of the task that a model's class name ends in: how the Hub calls it, the template of its usage, its main Auto class.
 TASKS = {
@@ -58,7 +59,9 @@ class TrainingRecord:
     data: str
     """The training and evaluation pictures."""
     base_model: str | None = None
-    """The model on the Hub that it was trained from."""
+    """The model on the Hub that it was trained from, be it through others that were not published."""
+    license: str | None = None
+    """The weights' license, by its name on the Hub; None if it is not known."""
     datasets: list[str] = field(default_factory=list)
     """The data sets on the Hub that it was trained on."""
     hyperparameters: dict = field(default_factory=dict)
@@ -73,6 +76,7 @@ class TrainingRecord:
             limits=limits,
             data=data,
             base_model=summary.finetuned_from or None,
+            license=summary.license,
             datasets=[tags] if isinstance(tags, str) else list(tags),
             hyperparameters=summary.hyperparameters or {},
             course=summary.eval_lines or [],
@@ -88,6 +92,31 @@ class TrainingRecord:
     def save(self, path: str | Path, model: PreTrainedModel):
         fields = asdict(self) | {PROVENANCE: {"weights": fingerprint(model)}}
         Path(path).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def origin(checkpoint: str) -> dict[str, str | None]:
+    """
+    `finetuned_from` and `license` of a training, as [`TrainingSummary`] takes them, from the folder that it started
+    from. A name on the Hub is left to [`TrainingSummary`], which asks there; an empty one is a training from scratch.
+    """
+    if not checkpoint:
+        return {"license": DEFAULT_LICENSE}
+    if not Path(checkpoint).is_dir():
+        return {}
+    return {"finetuned_from": _recorded(checkpoint, "base_model"), "license": known_license(checkpoint)}
+
+
+def known_license(folder: str | Path) -> str | None:
+    """The license in the README.md of a model's folder, or in the record of its training; None if it is not known."""
+    return _recorded(folder, "license")
+
+
+def _recorded(folder: str | Path, name: str) -> str | None:
+    card, record = Path(folder, "README.md"), Path(folder, RECORD_NAME)
+    found = ModelCard.load(card).data.get(name) if card.is_file() else None
+    if not found and record.is_file():
+        found = json.loads(record.read_text(encoding="utf-8")).get(name)
+    return found[0] if isinstance(found, list) else found
 
 
 def render_model_card(

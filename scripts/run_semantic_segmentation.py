@@ -51,6 +51,7 @@ from clusterformer_hf.data.label_maps import (
     pick_label_maps,
     read_class_names,
     read_label_maps,
+    warn_of_unused_ids,
 )
 from clusterformer_hf.data.segmentation import SegmentationCollator, SemanticDataset
 from clusterformer_hf.data.segmentation_augmentation import (
@@ -94,8 +95,10 @@ class DataArguments(SplitArguments):
         default=None, metadata={"help": "A folder as ADE20K's, a folder of `save_to_disk`, or a name on the Hub."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    image_column: str = field(default="image", metadata={"help": "Column of the pictures, in the datasets library."})
-    label_column: str | None = field(
+    image_column_name: str = field(
+        default="image", metadata={"help": "Column of the pictures, in the datasets library."}
+    )
+    label_column_name: str | None = field(
         default=None, metadata={"help": "Column of the label maps, where it has no usual name such as `annotation`."}
     )
     train_images: str | None = field(default=None, metadata={"help": "Folder of the training pictures."})
@@ -141,6 +144,8 @@ def main(args: list[str] | None = None):
     names = find_class_names(data_args, None if training_args.do_train else config)
     with training_args.main_process_first(desc="reading the pictures"):
         splits, skipped = load_splits(find_splits(data_args, names), data_args, training_args, drop_unusable)
+    if training_args.should_log:
+        warn_of_unused_ids(splits)
     if training_args.do_train:
         name_classes(config, splits["train"])
     model = load_model(AutoModelForSemanticSegmentation, model_args, config, training_args.do_train)
@@ -198,7 +203,7 @@ def find_splits(data_args: DataArguments, names: list[str]) -> dict[str, Reader]
     if data_args.dataset_name is not None:
         if not folder.is_dir() or (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             splits, _ = load_pictures(data_args.dataset_name, data_args.dataset_config_name, layout=ADE20K_LAYOUT)
-            columns = {"image_column": data_args.image_column, "label_column": data_args.label_column}
+            columns = {"image_column": data_args.image_column_name, "label_column": data_args.label_column_name}
             read = pick_label_maps(splits, data_args.dataset_name, **columns, **options)
             return {split: lambda data=data: (data, []) for split, data in read.items()}
         folders = find_label_map_splits(folder)

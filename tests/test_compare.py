@@ -43,9 +43,19 @@ def test_runs_and_does_not_repeat_what_is_done(script, tmp_path, monkeypatch, ca
     table = capsys.readouterr().out.splitlines()[-3:]
     assert table[-1].startswith(f"| clusterformer | {run['parameters'] / 1e6:.2f}M | ")
 
-    monkeypatch.setattr(script, "train", None)
-    script.main(flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train", None)
+        script.main(flags)
     assert capsys.readouterr().out.splitlines()[-3:] == table
+
+    # A run of another learning rate is not today's.
+    models = script.MODELS["panoptic"] if hasattr(script, "METRICS") else script.MODELS
+    build, _, *more = models["clusterformer"]
+    monkeypatch.setitem(models, "clusterformer", (build, 2e-3, *more))
+    script.main(flags)
+    first, second = json.loads((tmp_path / "runs.json").read_text())
+    assert first["config"] == second["config"] and second["learning_rate"] == 2e-3
+    assert "| clusterformer | " in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_semantic_task_runs(tmp_path, monkeypatch, capsys):

@@ -47,6 +47,7 @@ from clusterformer_hf.data.label_maps import (
     pick_label_maps,
     read_class_names,
     read_label_maps,
+    warn_of_unused_ids,
 )
 from clusterformer_hf.data.rle import ByteStrings, decode_masks, encode_masks, encode_segmentation, run_lengths
 from clusterformer_hf.data.segmentation import (
@@ -172,6 +173,19 @@ def test_reduce_labels(tmp_path):
     processor = SegformerImageProcessor(do_resize=False, do_reduce_labels=True)
     expected = processor(colours(20, 30), segmentation_maps=labels)["labels"][0]
     assert (found == np.asarray(expected)).all()
+
+
+def test_label_maps_that_may_count_from_0(tmp_path, caplog):
+    """All ids are allowed, but the last class is in no picture: each one may be taken for the one before it."""
+    write_pair(tmp_path, "a", np.minimum(ids(20, 30, 4), 2))
+    warn_of_unused_ids({"train": read_train(tmp_path)})
+    assert not caplog.text
+    warn_of_unused_ids({"train": read_train(tmp_path, reduce_labels=True)})
+    assert "no label map has the id 3" in caplog.text and "--reduce_labels false" in caplog.text
+    caplog.clear()
+    write_pair(tmp_path, "b", ids(20, 30, 4))
+    warn_of_unused_ids({"train": read_train(tmp_path, reduce_labels=True)})
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ from clusterformer_hf import (
 )
 from clusterformer_hf.hub import draw_example, export_repository
 from clusterformer_hf.loading import ModelArguments
-from clusterformer_hf.model_card import TrainingRecord, render_model_card
+from clusterformer_hf.model_card import TrainingRecord, known_license, render_model_card
 from clusterformer_hf.provenance import ForeignResultsError, command, fingerprint, provenance
-from clusterformer_hf.training import own_results
+from clusterformer_hf.training import ClusterFormerTrainer, ClusterFormerTrainingArguments, own_results
 from scripts import (
     run_image_classification,
     run_object_detection,
@@ -132,6 +132,7 @@ def save_run(kind: str, folder: Path):
         "Trained for a test.", "It knows two classes.", "Eight.\n\n![Course](curves.png)", course=course
     )
     Image.new("RGB", (8, 8)).save(folder / "curves.png")
+    record.license = "apache-2.0"
     record.datasets, record.hyperparameters = ["someone/pictures"], {"learning_rate": 0.001}
     record.save(folder / "training_record.json", model)
 
@@ -616,11 +617,11 @@ def test_wrong_model_folders(tmp_path, runs, monkeypatch):
 
 
 def test_license_is_that_of_the_training(tmp_path, runs, monkeypatch, capsys):
-    """Of a model that was trained from another, it is not guessed."""
+    """Where nothing tells it, it is not guessed."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(runs["classifier"], "run")
     record = json.loads(Path("run/training_record.json").read_text())
-    Path("run/training_record.json").write_text(json.dumps(record | {"base_model": "someone/base"}))
+    Path("run/training_record.json").write_text(json.dumps(record | {"license": None}))
     flags = ["--model=run", "--repo-id=me/it", "--dry-run"]
 
     def license() -> str | None:
@@ -632,6 +633,31 @@ def test_license_is_that_of_the_training(tmp_path, runs, monkeypatch, capsys):
     assert license() == "cc-by-nc-4.0"
     flags.append("--license=mit")
     assert license() == "mit"
+
+
+def test_license_is_that_of_the_checkpoint(tmp_path, runs):
+    """Also where it reached this machine as a folder, and was trained once before."""
+
+    def train(checkpoint: Path | None, name: str) -> ModelCard:
+        start = ClusterFormerForImageClassification.from_pretrained
+        model = build("classifier") if checkpoint is None else start(checkpoint)
+        output_dir = tmp_path / name
+        args = ClusterFormerTrainingArguments(str(output_dir), use_cpu=True, report_to="none")
+        trainer = ClusterFormerTrainer(model, args, train_dataset=[{}])
+        trainer.save_model()
+        trainer.create_model_card("Trained.", "None.", "Some.")
+        return ModelCard.load(output_dir / "README.md")
+
+    assert train(None, "scratch").data.license == "apache-2.0"
+    assert train(tmp_path / "scratch", "from_scratch").data.license == "apache-2.0"
+    base = shutil.copytree(runs["classifier"], tmp_path / "download")
+    (base / "training_record.json").unlink()
+    assert train(base, "unknown").data.license is None and known_license(tmp_path / "unknown") is None
+    (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: someone/base\n---\n")
+    train(base, "once")
+    card = train(tmp_path / "once", "twice")
+    assert card.data.license == "cc-by-nc-4.0" and card.data.base_model == "someone/base"
+    assert known_license(tmp_path / "twice") == "cc-by-nc-4.0"
 
 
 class Pictures(list):

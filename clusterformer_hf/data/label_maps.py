@@ -119,6 +119,22 @@ class SemanticData:
         return replace(self, pictures=self.pictures.select(rows), image_ids=self.image_ids[rows])
 
 
+def warn_of_unused_ids(splits: dict[str, SemanticData]):
+    """
+    Says so where label maps are read as counting from 1 and no picture has the last class: they may count from 0, and
+    each class would be taken for the one before it. Opens label maps until the class is found.
+    """
+    for data in splits.values():
+        last = len(data.class_names)
+        if data.reduce_labels and not any(
+            (open_label_map(label_map, data.colours) == last).any() for label_map in data.pictures["label_map"]
+        ):
+            logger.warning(
+                f"{data.source}: no label map has the id {last}, {data.class_names[-1]!r}. Ids are read as 1 to "
+                f"{last}, 0 for no class; if they count from 0, pass --reduce_labels false."
+            )
+
+
 def open_label_map(source, colours: dict[tuple[int, int, int], int] | None = None) -> np.ndarray:
     """
     The ids (height, width), int64, of a label map in grey or with a palette, whose indices are the ids.
