@@ -179,7 +179,7 @@ class ClusterSums(torch.autograd.Function):
 def in_chunks(keys, *tensors) -> Iterator[tuple[torch.Tensor | None, ...]]:
     """Splits (batch, heads, ...) by heads, on the CPU into so many that their (N, K) tables stay in the cache."""
     num_heads, elements = keys.shape[1], keys.shape[0] * keys.shape[2] * tensors[1].shape[2]
-    size = min(max(HEAD_CHUNK // elements, 1), num_heads) if keys.device.type == "cpu" else num_heads
+    size = min(max(HEAD_CHUNK // max(elements, 1), 1), num_heads) if keys.device.type == "cpu" else num_heads
     for start in range(0, num_heads, size):
         yield tuple(
             tensor if tensor is None or tensor.shape[1] != num_heads else tensor[:, start : start + size]

@@ -48,7 +48,8 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
             Hidden channels of each stage's feed-forward network over its channels.
         clustering (`str`, *optional*, defaults to `"recurrent"`):
             `"recurrent"` is the paper's Eq. 3-6, for new training. `"release"` and `"release_flash"` are the two forms
-            of the authors' code (October and November 2023), for converted checkpoints.
+            of the authors' code (October and November 2023), for converted checkpoints. The query projections of
+            `"release_flash"` have no gradient: DistributedDataParallel needs `find_unused_parameters=True`.
         center_grid (`list[int | list[int]]`, *optional*, defaults to `[10, 10, 10, 10]`):
             Grid that the first centres are pooled to, a number or `[rows, columns]` for each stage: K = rows * columns
             centres. With `"recurrent"` the grid never exceeds the feature map.
@@ -205,6 +206,9 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("num_channels", "patch_size", "num_iterations", "decoder_layers", "decoder_num_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {name}={getattr(self, name)}.")
+        for name in ("drop_path_rate", "hidden_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {name}={getattr(self, name)}.")
         for name in ("center_grid", "window_grid"):
             for entry in getattr(self, name):
                 if not isinstance(entry, int) and len(entry) != 2 or min(as_pair(entry)) < 1:

@@ -43,7 +43,7 @@ from .configuration_clusterformer import ClusterFormerConfig, as_pair
 from .kernels_clusterformer import MAX_EXTENT, MIN_EXTENT, MIN_MASS, cluster
 
 
-# Class logits of surplus centres: a score of 4e-9, and a focal loss that stays small where one must be matched.
+# Class logits of surplus centres: a score of 6e-9, and a focal loss that stays small where one must be matched.
 SURPLUS_LOGIT = -19.0
 # Of edges: how fast the exponential grows in an extent, how many extents it is taken to, and the log of its mean in an
 # evenly filled box, which ends at the root of 3 extents.
@@ -685,18 +685,18 @@ class ClusterFormerDecoder(nn.Module):
             sizes (`torch.Tensor` of shape `(batch, 2)`, *optional*): Real height and width of padded images.
             output_assignments (`bool`): Whether to return the assignments, which are large.
         """
-        maps = hidden_states[-self.num_levels :]
-        geometries = self.level_geometries(maps, sizes)
-        levels = self.pyramid(maps, [geometry.mask for geometry in geometries])
+        num_maps = self.num_levels if self.pixel_embeddings is None else self.num_levels + 1
+        maps, geometries = hidden_states[-num_maps:], self.level_geometries(hidden_states[-num_maps:], sizes)
+        of_levels = slice(-self.num_levels, None)
+        levels = self.pyramid(maps[of_levels], [geometry.mask for geometry in geometries[of_levels]])
         for_masks = {}
         if self.pixel_embeddings is not None:
-            finest = hidden_states[-self.num_levels - 1]
-            grid = self.level_geometries((finest, *maps), sizes)[0]
-            for_masks["pixels"] = self.pixel_embeddings(finest, levels[0], grid.mask)
+            grid = geometries[0]
+            for_masks["pixels"] = self.pixel_embeddings(maps[0], levels[0], grid.mask)
             for_masks["pixel_positions"] = grid.positions(sampled=False)
             for_masks["pixel_mask"] = None if grid.mask is None else grid.mask.permute(0, 3, 1, 2)
 
-        geometry, start = PyramidGeometry(geometries), geometries[-1]
+        geometry, start = PyramidGeometry(geometries[of_levels]), geometries[-1]
         features = torch.cat([level.flatten(2).mT for level in levels], dim=1)
         embeddings = self.embeddings(geometry)
         centers = self.center_projection(self.center_norm(cluster_centers))

@@ -111,16 +111,42 @@ def detection_loss(
     device = outputs[0]["logits"].device
     with maybe_autocast(device.type, enabled=False):
         outputs = [{name: tensor.float() for name, tensor in output.items()} for output in outputs]
-        total = sum(tensor.sum() for output in outputs for tensor in output.values())
-        if not total.isfinite():  # the matcher would blame the boxes' format
-            return total * torch.nan, {}
+        is_finite = sum(tensor.sum() for output in outputs for tensor in output.values()).isfinite()
+        # The matcher would blame the boxes' format, and other processes wait for this one's number of boxes.
+        outputs = [
+            {name: tensor.nan_to_num(0.0, 0.0, 0.0) for name, tensor in output.items()} if not is_finite else output
+            for output in outputs
+        ]
         labels = [
             {"class_labels": label["class_labels"].to(device).long(), "boxes": label["boxes"].to(device).float()}
             for label in labels
         ]
         loss_dict = criterion({**outputs[0], "auxiliary_outputs": outputs[1:]}, labels)
         loss = sum(weights[_without_number(name)] * value for name, value in loss_dict.items())
-    return loss, loss_dict
+    return (loss, loss_dict) if is_finite else (loss * torch.nan, {})
+
+
+def boxes_of_real_areas(
+    labels: list[dict[str, torch.Tensor]], sizes: torch.Tensor | None, padded_size: tuple[int, int]
+) -> list[dict[str, torch.Tensor]]:
+    """
+    Labels with boxes that are shares of an image's real area.
+
+    Args:
+        labels (`list[dict[str, torch.Tensor]]`): Where `size` is `padded_size`, boxes are shares of the padded image.
+        sizes (`torch.Tensor` of shape `(batch, 2)`, *optional*): Real height and width of padded images.
+        padded_size (`tuple[int, int]`): Height and width of the batch.
+    """
+    if sizes is None:
+        return labels
+    found = []
+    for label, size in zip(labels, sizes):
+        if label.get("size") is not None and tuple(map(int, label["size"])) == tuple(padded_size):
+            boxes = label["boxes"]
+            ratios = boxes.new_tensor(padded_size).flip(0) / size.flip(0).to(boxes)
+            label = {**label, "boxes": boxes * ratios.repeat(2)}
+        found.append(label)
+    return found
 
 
 def check_detection_labels(labels, batch_size: int, num_labels: int):

@@ -53,6 +53,7 @@ from .decoder_clusterformer import (
     DecoderOutput,
 )
 from .loss_clusterformer import (
+    boxes_of_real_areas,
     check_detection_labels,
     check_mask_labels,
     check_segment_labels,
@@ -275,7 +276,8 @@ class ClusterFormerEmbeddings(nn.Module):
             sizes (`torch.Tensor` of shape `(batch, 2)`, *optional*): Real height and width of padded images.
 
         Returns:
-            `torch.Tensor` of shape `(batch, hidden_sizes[0], ceil(height / patch_size), ceil(width / patch_size))`.
+            `torch.Tensor` of shape `(batch, hidden_sizes[0], ceil(height / patch_size), ceil(width / patch_size))`;
+            rounded down in released forms, as in the authors' code.
         """
         self.check(pixel_values)
         pixels = self.add_coordinates(pixel_values, sizes)
@@ -548,8 +550,9 @@ def mean_under_assignments(features: torch.Tensor, assignments: torch.Tensor) ->
     if features.shape[-1] % assignments.shape[1] != 0:
         assignments = assignments.mean(dim=1, keepdim=True)
     pixels = split_heads(features, assignments.shape[1]).to(assignments.dtype)
-    mass = assignments.sum(dim=2)[..., None].clamp_min(MIN_MASS)
-    centers = assignments.mT @ pixels / mass
+    # Divided before they are summed: in float16 the sum over many pixels overflows.
+    shares = assignments / assignments.sum(dim=2, keepdim=True).clamp_min(MIN_MASS)
+    centers = shares.mT @ pixels
     return centers.transpose(1, 2).flatten(2).to(features.dtype)
 
 
@@ -669,8 +672,10 @@ def mean_over_pixels(hidden_states: torch.Tensor, sizes: torch.Tensor | None) ->
     if sizes is None:
         return hidden_states.mean(dim=(-2, -1))
     mask = pixel_mask_from_sizes(sizes, hidden_states.shape[-2:]).permute(0, 3, 1, 2)
-    total = (hidden_states * mask.to(hidden_states.dtype)).sum(dim=(-2, -1))
-    return total / sizes.prod(dim=-1, keepdim=True).to(hidden_states.dtype)
+    # In float16 neither the sum nor the number of many pixels can be represented.
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    total = (hidden_states * mask.to(hidden_states.dtype)).sum(dim=(-2, -1), dtype=dtype)
+    return (total / sizes.prod(dim=-1, keepdim=True).to(dtype)).to(hidden_states.dtype)
 
 
 def check_released_input(config: ClusterFormerConfig, pixel_values: torch.Tensor, sizes: torch.Tensor | None):
@@ -801,10 +806,11 @@ class ClusterFormerForImageClassification(ClusterFormerPreTrainedModel):
         Args:
             pixel_values, pixel_mask, output_cluster_assignments: See [`ClusterFormerModel.forward`].
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Classes in `[0, num_labels)` (cross-entropy), or values for the `problem_type` of the config.
+                Classes in `[0, num_labels)`, or -100 for a picture without a loss (cross-entropy); or values for the
+                `problem_type` of the config.
 
         Raises:
-            `ValueError`: if a label is not in `[0, num_labels)`.
+            `ValueError`: if a label is none of these.
         """
         if output_cluster_assignments is None:
             output_cluster_assignments = getattr(self.config, "output_cluster_assignments", False)
@@ -845,7 +851,7 @@ class ClusterFormerForImageClassification(ClusterFormerPreTrainedModel):
         # On an accelerator this would wait for the device at every step; the training script checks the data set there.
         if labels.device.type != "cpu" or labels.is_floating_point() or self.num_labels < 2 or is_tracing(labels):
             return
-        if labels.ndim == 1 and ((labels < 0) | (labels >= self.num_labels)).any():
+        if labels.ndim == 1 and (((labels < 0) & (labels != -100)) | (labels >= self.num_labels)).any():
             raise ValueError(
                 f"`labels` must be in [0, {self.num_labels}) for num_labels={self.num_labels}, got {labels.tolist()}."
             )
@@ -884,7 +890,9 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
             pixel_values, pixel_mask, output_cluster_assignments: See [`ClusterFormerModel.forward`].
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
                 For each image `class_labels` (n,) int64 in `[0, num_labels)` and `boxes` (n, 4) as (center_x, center_y,
-                width, height) in [0, 1] of the image's real area. More keys are ignored.
+                width, height) in [0, 1] of the image's real area. If `size` (2,) is the padded size of the batch, they
+                are in [0, 1] of the padded image instead, as image processors that pad write them. More keys are
+                ignored.
 
         Raises:
             `ValueError`: if the labels are of another form, naming the image and the value.
@@ -901,6 +909,7 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
         loss, loss_dict = None, None
         if labels is not None:
             check_detection_labels(labels, len(pixel_values), self.num_labels)
+            labels = boxes_of_real_areas(labels, real_sizes(pixel_mask, pixel_values), pixel_values.shape[-2:])
             trained = [final, *auxiliary_outputs] if self.config.auxiliary_loss else [final]
             loss, loss_dict = detection_loss(trained, labels, self.config)
 
@@ -908,7 +917,7 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
             loss=loss,
             loss_dict=loss_dict,
             **final,
-            auxiliary_outputs=None if labels is None else auxiliary_outputs,
+            auxiliary_outputs=auxiliary_outputs if labels is not None and self.config.auxiliary_loss else None,
             last_hidden_state=decoded.centers[-1],
             **extras,
         )
@@ -935,8 +944,6 @@ class ClusterFormerForUniversalSegmentation(ClusterFormerPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        mask_labels: list[torch.Tensor] | None = None,
-        class_labels: list[torch.Tensor] | None = None,
         labels: list[dict[str, torch.Tensor]] | None = None,
         output_cluster_assignments: bool | None = None,
         **kwargs,
@@ -944,18 +951,19 @@ class ClusterFormerForUniversalSegmentation(ClusterFormerPreTrainedModel):
         r"""
         Args:
             pixel_values, pixel_mask, output_cluster_assignments: See [`ClusterFormerModel.forward`].
-            mask_labels (`list[torch.Tensor]`, *optional*):
-                For each image masks (n, height, width) of instances or segments, 1 inside. Of the padded size, or
-                smaller: then they are padded at the right and the bottom, as images are.
-            class_labels (`list[torch.LongTensor]`, *optional*):
-                For each image the classes (n,) of its masks, in `[0, num_labels)`.
             labels (`list[dict[str, torch.Tensor]]`, *optional*):
-                The same as one argument, as evaluation with Trainer needs it: for each image `masks` and
-                `class_labels`. More keys are ignored.
+                For each image `masks` (n, height, width) of instances or segments, 1 inside, and `class_labels` (n,)
+                int64, their classes in `[0, num_labels)`. Masks are of the padded size, or smaller: then they are
+                padded at the right and the bottom, as images are. More keys are ignored.
+            mask_labels, class_labels (`list[torch.Tensor]`, *optional*):
+                The same as two lists, as Mask2Former takes them. Only by name: Trainer, which looks for labels in the
+                signature, would ask for all of them before it evaluates a loss. With these it needs
+                `label_names=["mask_labels", "class_labels"]`.
 
         Raises:
             `ValueError`: if the labels are of another form, naming the image and the value.
         """
+        mask_labels, class_labels = kwargs.pop("mask_labels", None), kwargs.pop("class_labels", None)
         if labels is not None:
             check_segment_labels(labels)
             mask_labels = [label["masks"] for label in labels]
@@ -968,9 +976,10 @@ class ClusterFormerForUniversalSegmentation(ClusterFormerPreTrainedModel):
         loss, loss_dict, auxiliary_logits = None, None, None
         if mask_labels is not None:
             mask_labels = check_mask_labels(mask_labels, class_labels, pixel_values, self.num_labels)
-            layers = range(len(decoded.centers) - 1)
-            auxiliary_logits = [read_masks(self.class_head, self.mask_head, decoded, layer) for layer in layers]
-            trained = [final, *auxiliary_logits] if self.config.auxiliary_loss else [final]
+            if self.config.auxiliary_loss:
+                layers = range(len(decoded.centers) - 1)
+                auxiliary_logits = [read_masks(self.class_head, self.mask_head, decoded, layer) for layer in layers]
+            trained = [final, *(auxiliary_logits or [])]
             loss, loss_dict = segmentation_loss(trained, mask_labels, class_labels, self.config, self.training)
 
         return ClusterFormerUniversalSegmentationOutput(
@@ -1102,7 +1111,8 @@ class ClusterFormerBackbone(BackboneMixin, ClusterFormerPreTrainedModel):
 
         Returns:
             `BackboneOutput` whose `feature_maps` are the normed maps of `out_features`,
-            `(batch_size, channels, ceil(height / stride), ceil(width / stride))` each.
+            `(batch_size, channels, ceil(height / stride), ceil(width / stride))` each; see
+            [`ClusterFormerEmbeddings.forward`] for the released forms.
         """
         sizes = real_sizes(pixel_mask, pixel_values)
         if self.config.clustering != "recurrent":

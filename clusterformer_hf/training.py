@@ -272,7 +272,7 @@ class ClusterFormerTrainer(Trainer):
     def _class_labels(self, batch: dict) -> list[torch.Tensor]:
         """The classes of the objects of each image, where a set loss is divided by their number."""
         is_ours = isinstance(self.accelerator.unwrap_model(self.model), ClusterFormerPreTrainedModel)
-        labels = batch.get("labels")
+        labels = batch.get("labels", batch.get("class_labels"))
         if not is_ours or self.compute_loss_func is not None or labels is None:
             return []
         if isinstance(labels, torch.Tensor):
@@ -280,7 +280,7 @@ class ClusterFormerTrainer(Trainer):
                 return []
             ignored = self.model.config.semantic_loss_ignore_index
             return [classes[classes != ignored] for classes in map(torch.unique, labels)]
-        return [label["class_labels"] for label in labels]
+        return [label if isinstance(label, torch.Tensor) else label["class_labels"] for label in labels]
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if not model.training:

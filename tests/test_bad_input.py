@@ -95,6 +95,12 @@ def test_labels_out_of_range(model, labels):
         model(torch.zeros(2, 3, 32, 32), labels=torch.tensor(labels))
 
 
+def test_a_picture_without_a_label_has_no_loss(model):
+    pixel_values = torch.randn(2, 3, 32, 32)
+    loss = model(pixel_values, labels=torch.tensor([1, -100])).loss
+    torch.testing.assert_close(loss, model(pixel_values[:1], labels=torch.tensor([1])).loss)
+
+
 def test_pixel_mask_of_another_shape(model):
     with pytest.raises(ValueError, match=r"`pixel_mask` must have the shape \(2, 32, 32\), got \(2, 16, 16\)"):
         model(torch.zeros(2, 3, 32, 32), pixel_mask=torch.ones(2, 16, 16))

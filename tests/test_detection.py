@@ -16,13 +16,19 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import DeformableDetrImageProcessor
 from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 
-from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification, ClusterFormerForObjectDetection
+from clusterformer_hf import (
+    ClusterFormerConfig,
+    ClusterFormerForImageClassification,
+    ClusterFormerForObjectDetection,
+    loss_clusterformer,
+)
 from clusterformer_hf.clustering_clusterformer import stage_geometry
 from clusterformer_hf.decoder_clusterformer import (
     EVEN_EDGE,
@@ -314,7 +320,7 @@ def test_the_loss_is_that_of_transformers():
     for name, value in outputs.loss_dict.items():
         torch.testing.assert_close(value, expected_dict[name])
     without = nano_detector(class_loss_coefficient=1, auxiliary_loss=False)(images(2, 3, 64, 64), labels=labels)
-    assert set(without.loss_dict) == {"loss_ce", "loss_bbox", "loss_giou"}
+    assert without.auxiliary_outputs is None and set(without.loss_dict) == {"loss_ce", "loss_bbox", "loss_giou"}
 
 
 @pytest.mark.parametrize("counts", [(2, 0), (0, 0), (300, 1)])
@@ -356,6 +362,33 @@ def test_predictions_that_are_not_finite_give_a_loss_that_is_none():
     outputs = model(images(1, 3, 64, 64) * math.inf, labels=targets(2))
     outputs.loss.backward()
     assert outputs.loss.isnan() and outputs.loss_dict == {}
+
+
+def test_every_process_takes_part_whatever_it_predicts(monkeypatch):
+    """In the mean over processes, which would wait for one whose predictions are not finite."""
+    counted, mean = [], loss_clusterformer.mean_over_processes
+    monkeypatch.setattr(loss_clusterformer, "mean_over_processes", lambda *args: counted.append(args[0]) or mean(*args))
+    for scale in (1, math.inf):
+        nano_detector()(images(1, 3, 64, 64) * scale, labels=targets(2))
+    assert counted == [2, 2]
+
+
+def test_labels_of_an_image_processor_that_pads():
+    """It rescales boxes to the padded batch; the loss is that of boxes in the images' own areas."""
+    processor = DeformableDetrImageProcessor(do_resize=False)
+    pictures = [np.full((height, 64, 3), 90, np.uint8) for height in (32, 64)]
+    box = {"bbox": [8, 4, 20, 16], "category_id": 1, "area": 320, "iscrowd": 0}
+    annotations = [{"image_id": i, "annotations": [box]} for i in range(2)]
+    batch = processor(pictures, annotations, return_tensors="pt")
+    own = [processor(*pair, do_pad=False, return_tensors="pt")["labels"][0] for pair in zip(pictures, annotations)]
+    assert not torch.equal(batch["labels"][0]["boxes"], own[0]["boxes"])
+    model = nano_detector()
+    with torch.no_grad():
+        padded = model(**batch)
+        expected = model(batch["pixel_values"], batch["pixel_mask"], labels=own)
+        bare = [{name: label[name] for name in ("class_labels", "boxes")} for label in own]
+        assert torch.equal(model(batch["pixel_values"], batch["pixel_mask"], labels=bare).loss, expected.loss)
+    torch.testing.assert_close(padded.loss, expected.loss)
 
 
 def test_the_box_loss_shapes_the_clusters():

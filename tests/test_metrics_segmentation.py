@@ -59,7 +59,13 @@ from clusterformer_hf.metrics.panoptic import (
     png_name,
     write_panoptic_json,
 )
-from clusterformer_hf.metrics.segmentation import JoinedMetric, JoinedPostProcessor, SegmentationTrainer, real_area
+from clusterformer_hf.metrics.segmentation import (
+    JoinedMetric,
+    JoinedPostProcessor,
+    SegmentationTrainer,
+    find_stride,
+    real_area,
+)
 from clusterformer_hf.metrics.semantic import (
     SemanticMetric,
     SemanticPostProcessor,
@@ -525,6 +531,16 @@ def test_padding_is_cut_off():
     assert torch.equal(real_area(torch.ones(1, 32, 40), target), torch.ones(1, 16, 24))
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 6, 7, 12, 16])
+def test_strides_are_found(stride):
+    for sides in ((48, 96), (200, 129), (333, 500), (640, 480)):
+        assert find_stride(sides, [-(-side // stride) for side in sides]) == stride
+
+
+def test_small_pictures_have_strides_of_powers_of_two():
+    assert find_stride((5, 9), (2, 3)) == 4
+
+
 @pytest.mark.parametrize("height, width", [(33, 50), (21, 90), (64, 35)])
 def test_a_border_within_a_cell(height, width):
     """
@@ -595,7 +611,7 @@ class Guesser(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def forward(self, pixel_values, pixel_mask, mask_labels=None, class_labels=None, labels=None):
+    def forward(self, pixel_values, pixel_mask, labels=None):
         size = [side // 4 for side in pixel_values.shape[-2:]]
         found = [self.guess(*args) for args in zip(pixel_values, pixel_mask, labels)]
         classes = torch.stack([classes for classes, _ in found])

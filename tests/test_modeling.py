@@ -29,6 +29,7 @@ from clusterformer_hf import (
 )
 from clusterformer_hf.configuration_clusterformer import as_pair
 from clusterformer_hf.metrics.clusters import cluster_statistics
+from clusterformer_hf.modeling_clusterformer import mean_over_pixels, mean_under_assignments
 
 
 NANO = {
@@ -331,6 +332,21 @@ def test_padding_does_not_change_the_means_of_stages():
     with torch.no_grad():
         expected, actual = model(alone), model(batch, pixel_mask=mask)
     torch.testing.assert_close(actual.logits[:1], expected.logits, rtol=0, atol=1e-5)
+
+
+def test_means_of_many_pixels_in_float16():
+    """Neither their sum nor, of 65536 pixels, their number is in float16."""
+    maps, sizes = torch.full((1, 2, 256, 256), 4.0, dtype=torch.float16), torch.tensor([[256, 256]])
+    assert (mean_over_pixels(maps, sizes) == 4).all()
+    features = torch.full((1, 4096, 2), 20.0)
+    with torch.autocast("cpu", torch.float16):
+        centers = mean_under_assignments(features, F.one_hot(torch.zeros(1, 1, 4096, dtype=torch.int64), 2).float())
+    assert centers[0].tolist() == [[20, 20], [0, 0]]
+
+
+def test_a_batch_without_pictures():
+    with torch.no_grad():
+        assert nano_classifier()(torch.zeros(0, 3, 64, 64)).logits.shape == (0, 5)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

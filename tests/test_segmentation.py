@@ -15,7 +15,13 @@
 
 import pytest
 import torch
-from transformers import Mask2FormerConfig, Mask2FormerImageProcessor, SegformerImageProcessor
+from transformers import (
+    Mask2FormerConfig,
+    Mask2FormerImageProcessor,
+    SegformerImageProcessor,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from clusterformer_hf import (
@@ -289,6 +295,29 @@ def test_training_on_one_picture_finds_its_segments():
 def test_wrong_label_maps_are_named(labels, message):
     with pytest.raises(ValueError, match=message):
         nano_model(ClusterFormerForSemanticSegmentation)(images(2, 3, 64, 64), labels=labels)
+
+
+def test_masks_of_layers_are_read_only_for_their_losses():
+    model, calls = nano_model(auxiliary_loss=False), []
+    model.mask_head.register_forward_hook(lambda *args: calls.append(1))
+    outputs = model(images(1, 3, 64, 64), **segments(2))
+    assert calls == [1] and outputs.auxiliary_logits is None
+    assert set(outputs.loss_dict) == {"loss_cross_entropy", "loss_mask", "loss_dice"}
+
+
+def test_trainer_evaluates_the_loss(tmp_path):
+    """Trainer's own, of labels in one argument and, if told so, of Mask2Former's two."""
+    model, names = nano_model(), ["mask_labels", "class_labels"]
+    given = segments(2, 1)
+    labels = [dict(zip(("masks", "class_labels"), pair)) for pair in zip(*given.values())]
+    losses = []
+    for batch, label_names in ({"labels": labels}, None), (given, names):
+        args = TrainingArguments(
+            tmp_path, use_cpu=True, report_to="none", label_names=label_names, prediction_loss_only=True
+        )
+        trainer = Trainer(model, args, data_collator=lambda rows: {"pixel_values": images(2, 3, 64, 64)} | rows[0])
+        losses.append(trainer.evaluate([batch])["eval_loss"])
+    assert losses[0] > 0 and losses[1] > 0
 
 
 def test_wrong_segments_are_named():

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -127,6 +128,16 @@ def test_shards_are_opened_once(shards, monkeypatch):
     )
     (part,) = parts_of(find_shards(str(shards))["train"], processes=1)
     assert len(list(part)) == 80 and sorted(opened) == list(range(6))
+
+
+def test_a_worker_without_a_batch_reads_nothing(shards, monkeypatch):
+    """Of two workers, the one batch is the first one's."""
+    (part,) = parts_of(find_shards(str(shards))["train"], 1, 1000)
+    read = []
+    monkeypatch.setattr(part, "_read", lambda *place: read.append(place) or iter(()))
+    info = SimpleNamespace(id=1, num_workers=2)
+    monkeypatch.setattr("clusterformer_hf.data.streaming.get_worker_info", lambda: info)
+    assert list(part) == [] and read == []
 
 
 @pytest.mark.parametrize("processes, workers, batch_size", [(1, 0, 8), (1, 3, 8), (3, 2, 5), (7, 1, 4)])

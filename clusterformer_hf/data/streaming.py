@@ -96,9 +96,10 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         stop = min(first + own[number] * self.batch_size, len(self))
         skipped = self.skipped.item()
         done = min(skipped // count + (number < skipped % count), own[number]) * self.batch_size
-        done = min(done, stop - first)
+        done = max(min(done, stop - first), 0)  # a worker without a batch has `stop` before `first`
         yield from (None for _ in range(done))
-        yield from self._mixed(first, stop, done)
+        if first < stop:
+            yield from self._mixed(first, stop, done)
 
     def _mixed(self, first: int, stop: int, done: int) -> Iterator[dict]:
         """The examples `first + done` to `stop` of this process, mixed in windows counted from `first`."""

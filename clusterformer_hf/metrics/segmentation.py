@@ -48,8 +48,6 @@ class SegmentationTrainer(ClusterFormerTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         targets = self._prepare_input(inputs.pop("targets", None))
-        # Models that take labels in two forms would need both for a loss.
-        self.label_names = [name for name in self.label_names if name in inputs]
         loss, outputs, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         return loss, outputs, labels if targets is None or prediction_loss_only else targets
 
@@ -113,7 +111,7 @@ def real_area(logits: torch.Tensor, target: dict[str, torch.Tensor]) -> torch.Te
     Logits of a picture without the batch's padding.
 
     Args:
-        logits: (channels, height, width), a cell for each `stride` x `stride` pixels of the padded picture.
+        logits: (channels, height, width), a cell for each square of pixels of the padded picture.
         target: With `size` and `padded_size` (2,), height and width in pixels.
 
     Returns:
@@ -121,8 +119,7 @@ def real_area(logits: torch.Tensor, target: dict[str, torch.Tensor]) -> torch.Te
         anew.
     """
     padded, kept = target["padded_size"].tolist(), target["size"].tolist()
-    # A power of two, by which the padded size was divided and rounded up.
-    stride = 2 ** math.ceil(math.log2(max(side / cells for side, cells in zip(padded, logits.shape[-2:]))))
+    stride = find_stride(padded, logits.shape[-2:])
     rows, columns = (math.ceil(side / stride) for side in kept)
     logits = logits[:, :rows, :columns]
     y, x = kept[0] / stride / rows, kept[1] / stride / columns
@@ -131,6 +128,18 @@ def real_area(logits: torch.Tensor, target: dict[str, torch.Tensor]) -> torch.Te
     theta = torch.tensor([[[x, 0, x - 1], [0, y, y - 1]]], device=logits.device)
     grid = F.affine_grid(theta, [1, len(logits), rows, columns], align_corners=False)
     return F.grid_sample(logits[None], grid, padding_mode="border", align_corners=False)[0]
+
+
+def find_stride(sides: Iterable[int], cells: Iterable[int]) -> int:
+    """
+    By what sides in pixels were divided and rounded up to numbers of cells: a power of two where one fits, as nearly
+    always, and else the least number.
+    """
+    sides, cells = list(sides), list(cells)
+    least = max(side / number for side, number in zip(sides, cells))
+    power = 2 ** math.ceil(math.log2(least))
+    is_power = all(math.ceil(side / power) == number for side, number in zip(sides, cells))
+    return power if is_power else math.ceil(least)
 
 
 class JoinedPostProcessor(PostProcessor):
