@@ -180,7 +180,8 @@ def box_assignment(outputs: ModelOutput, index: int, query: int, layer: int = -1
 
     Every level is spread over the finest one's pixels. There a coarse level counts as much less as it has fewer pixels,
     since in the moments each of its pixels counts as one. So mean and variance of position under this map, pixels taken
-    as squares, are those that the box was read from.
+    as squares, are those that the box was read from: exactly where the levels' pixels align, and within about a tenth
+    of the finest level's pixel elsewhere.
 
     Args:
         outputs (`ModelOutput`): Of [`ClusterFormerForObjectDetection`] called with `output_cluster_assignments=True`.

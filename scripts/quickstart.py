@@ -46,7 +46,7 @@ from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassific
 from clusterformer_hf.hub import RESULTS_NAME
 from clusterformer_hf.metrics.clusters import cluster_statistics
 from clusterformer_hf.model_card import DEFAULT_LICENSE, RECORD_NAME, TrainingRecord, describe
-from clusterformer_hf.provenance import PROVENANCE, provenance
+from clusterformer_hf.provenance import PROVENANCE, environment, provenance
 from clusterformer_hf.training import ClusterFormerTrainer
 from clusterformer_hf.visualization import draw_stages
 
@@ -198,8 +198,8 @@ def print_table(results: dict):
         )
 
 
-def main():
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+def main(args: list[str] | None = None):
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
     pictures, labels = load_digits(args.seed)
@@ -224,6 +224,7 @@ def main():
     write_origins(model, results, args)
     reload_in_fresh_process(model, pictures[4000:4016], test, args)
     draw_stages(pictures[4000:4006], outputs).save(args.output_dir / "clusters.png")
+    results |= {"seed": args.seed, **environment()}
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print_table(results)
     print(f"\nThe model, clusters.png and results.json are in {args.output_dir}.")

@@ -169,14 +169,16 @@ def test_half_precision_is_close_and_keeps_its_dtypes(dtype):
     outputs, expected = cluster(*arguments)[:3], cluster(*exact)[:3]
     weights = [torch.randn_like(output) for output in expected]
     assert {output.dtype for output in outputs} == {torch.float32}
-    torch.testing.assert_close(outputs, expected, rtol=0.02, atol=0.05)
+    # A few times what docs/performance.md has, which was measured.
+    error, of_gradients = (2e-3, 1e-2) if dtype == torch.float16 else (2e-2, 5e-2)
+    torch.testing.assert_close(outputs, expected, rtol=error, atol=error)
     inputs = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
     gradients = gradients_of(outputs, weights, inputs)
     references = gradients_of(expected, weights, [a for a in exact if isinstance(a, torch.Tensor) and a.requires_grad])
     for tensor, gradient, reference in zip(inputs, gradients, references):
         assert gradient.dtype == tensor.dtype
         # Of the query projection's bias it is a small sum of large numbers.
-        tolerance = 0.1 if dtype == torch.bfloat16 and tensor is arguments[5] else 0.05
+        tolerance = 0.1 if dtype == torch.bfloat16 and tensor is arguments[5] else of_gradients
         assert (gradient.float() - reference).norm() <= tolerance * reference.norm()
 
 

@@ -96,15 +96,15 @@ def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 3, 72, 100), pixel_mask
 
 
-def test_boxes_are_the_moments_where_levels_do_not_align():
-    """9 x 13, 5 x 7 and 3 x 4 pixels, in the second image 5 x 8, 3 x 4 and 2 x 2: within .05 to .3 pixels, by seed."""
+def test_boxes_are_nearly_the_moments_where_levels_do_not_align():
+    """9 x 13, 5 x 7 and 3 x 4 pixels, in the second image 5 x 8, 3 x 4 and 2 x 2: within .03 to .12 pixels, by seed."""
     outputs = detect(*padded_batch())
     for index, (height, width) in enumerate([(9, 13), (5, 8)]):
         for box, heat in zip(outputs.pred_boxes[index].numpy(), heats(outputs, index), strict=True):
             assert heat.shape == (height, width)
             if heat.max() > 0:  # the second image has fewer centres
                 difference = np.abs(box_of_moments(heat) - box) * [width, height, width, height]
-                assert difference.max() < 0.35
+                assert difference.max() < 0.15
 
 
 def test_maps_of_all_centres_share_out_what_every_pixel_counts():
