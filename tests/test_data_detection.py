@@ -38,6 +38,7 @@ from clusterformer_hf.data.detection import (
     match_categories,
     random_resize,
 )
+from clusterformer_hf.data.detection_data import DetectionData
 from clusterformer_hf.data.digit_scenes import write_digit_scenes
 from clusterformer_hf.data.object_columns import read_objects
 
@@ -285,6 +286,23 @@ def test_pictures_that_cannot_be_used(tmp_path, caplog):
     assert len(lines) == 2 and lines[1] in caplog.text
     assert rest.image_ids.tolist() == [17]
     assert drop_unusable(rest, skip_corrupt=False) == (rest, [])
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_pictures_are_checked_once(tmp_path, monkeypatch, num_proc):
+    """Another process, or a run that goes on, opens them again only where a file is another one."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder, file = write(tmp_path, content())
+    assert drop_unusable(read_coco(folder, file), skip_corrupt=False, num_proc=num_proc)[1] == []
+    with monkeypatch.context() as patch:
+        patch.setattr(DetectionData, "open", None)
+        assert drop_unusable(read_coco(folder, file), skip_corrupt=False, num_proc=num_proc)[1] == []
+    whole = (folder / "a.png").read_bytes()
+    (folder / "a.png").write_bytes(whole[:60])
+    with pytest.raises(ValueError, match="a.png"):
+        drop_unusable(read_coco(folder, file), skip_corrupt=False, num_proc=num_proc)
+    (folder / "a.png").write_bytes(whole)
+    assert drop_unusable(read_coco(folder, file), skip_corrupt=False, num_proc=num_proc)[1] == []
 
 
 @pytest.mark.parametrize("layout", ["annotations", "images", "beside"])

@@ -14,8 +14,13 @@
 """Pictures that cannot be used: they are found before a training starts, and named."""
 
 import logging
+from pathlib import Path
 
-from datasets import Features, Value
+import datasets
+from datasets import Dataset, Features, Image, Value
+from datasets.fingerprint import Hasher
+
+from .. import __version__
 
 
 logger = logging.getLogger(__name__)
@@ -25,28 +30,45 @@ def find_problems(data, num_proc: int | None = None) -> dict[int, str]:
     """
     Opens every picture as training will, and returns what is wrong with those that cannot be used, by row.
 
+    What was found is kept in the cache of the datasets library, for other processes and for a run that goes on.
+
     Args:
         data: With `pictures`, a [`datasets.Dataset`], and `open(row)`, which raises `ValueError` for what is wrong.
     """
 
-    def problem(_, row: int) -> dict:
+    def problem(row: int) -> str | None:
         try:
             data.open(row)
         except ValueError as error:
-            return {"problem": str(error)}
-        return {"problem": None}
+            return str(error)
+        return None
 
+    fingerprint = Hasher.hash((__version__, data, file_states(data.pictures)))
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "picture_checks")
+    folder.mkdir(parents=True, exist_ok=True)
     problems = data.pictures.map(
-        problem,
+        lambda _, row: {"problem": problem(row)},
         with_indices=True,
         input_columns="image",
         remove_columns=data.pictures.column_names,
         features=Features({"problem": Value("string")}),
         num_proc=num_proc,
-        load_from_cache_file=False,
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        new_fingerprint=fingerprint,
         desc="Checking the pictures",
     )["problem"]
-    return {row: found for row, found in enumerate(problems) if found is not None}
+    suspects = [row for row, found in enumerate(problems) if found is not None]
+    # Again: a picture of an Arrow file's paths may have been repaired since.
+    return {row: found for row in suspects if (found := problem(row)) is not None}
+
+
+def file_states(pictures: Dataset) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of the files that the rows name; none where the rows are in Arrow files."""
+    if pictures.cache_files:
+        return []
+    columns = [name for name, feature in pictures.features.items() if isinstance(feature, Image)]
+    paths = (Path(row[name]["path"]) for row in pictures for name in columns if row[name]["bytes"] is None)
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
 
 
 def drop_unusable(data, skip_corrupt: bool, num_proc: int | None = None):
