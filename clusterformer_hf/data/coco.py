@@ -76,14 +76,7 @@ def read_coco(images_dir: str | Path, annotations_file: str | Path) -> Detection
     annotations = read_entries(file, content, "annotations", ("image_id", "category_id"))
     categories = read_entries(file, content, "categories", ("name",))
 
-    paths = [images_dir / image["file_name"] for image in images]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise ValueError(f"{file}: {len(missing)} pictures of `images` are missing: {listed(missing)}.")
-    sizes = [
-        (image["height"], image["width"]) if image.get("height") and image.get("width") else upright_size(path)
-        for image, path in zip(images, paths)
-    ]
+    paths, sizes = find_pictures(file, images, images_dir)
     pictures = Dataset.from_dict({"image": [str(path) for path in paths]}, Features({"image": Image(decode=False)}))
     return assemble(
         str(file),
@@ -93,6 +86,19 @@ def read_coco(images_dir: str | Path, annotations_file: str | Path) -> Detection
         {category["id"]: str(category["name"]) for category in categories},
         annotations,
     )
+
+
+def find_pictures(file: Path, images: list[dict], images_dir: Path) -> tuple[list[Path], list[tuple[int, int]]]:
+    """Paths and sizes, height and width, of COCO's `images`. Raises `ValueError` if there are files missing."""
+    paths = [images_dir / image["file_name"] for image in images]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(f"{file}: {len(missing)} pictures of `images` are missing: {listed(missing)}.")
+    sizes = [
+        (image["height"], image["width"]) if image.get("height") and image.get("width") else upright_size(path)
+        for image, path in zip(images, paths)
+    ]
+    return paths, sizes
 
 
 def read_json(file: Path) -> dict:

@@ -23,8 +23,8 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from .coco import read_entries, read_json
-from .detection_data import DetectionData, assemble, listed, open_picture, upright_size
+from .coco import find_pictures, read_entries, read_json
+from .detection_data import DetectionData, assemble, listed, open_picture
 from .rle import ByteStrings, decode_masks, encode_segmentation, mask_areas, mask_boxes
 
 
@@ -143,19 +143,6 @@ def read_coco_masks(
     )
     masks = ByteStrings.pack(counts[annotation["id"]] for annotation in annotations)
     return InstanceData(**vars(boxes), masks=masks), problems
-
-
-def find_pictures(file: Path, images: list[dict], images_dir: Path) -> tuple[list[Path], list[tuple[int, int]]]:
-    """Paths and sizes, height and width, of COCO's `images`. Raises `ValueError` if there are files missing."""
-    paths = [images_dir / image["file_name"] for image in images]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise ValueError(f"{file}: {len(missing)} pictures of `images` are missing: {listed(missing)}.")
-    sizes = [
-        (image["height"], image["width"]) if image.get("height") and image.get("width") else upright_size(path)
-        for image, path in zip(images, paths)
-    ]
-    return paths, sizes
 
 
 def _report(problems: list[str], skip_corrupt: bool):

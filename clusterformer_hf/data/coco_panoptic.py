@@ -25,8 +25,8 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from .coco import SPLIT_PREFIXES, check_entries, read_entries, read_json
-from .coco_masks import InstanceData, find_pictures
+from .coco import SPLIT_PREFIXES, check_entries, find_pictures, read_entries, read_json
+from .coco_masks import InstanceData
 from .detection_data import DetectionData, assemble, check_ids, check_names, listed, open_picture
 from .images import image_name, load_image
 from .rle import ByteStrings, encode_masks, mask_areas, mask_boxes

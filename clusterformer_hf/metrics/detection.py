@@ -116,7 +116,6 @@ class DetectionMetric:
     def __init__(self, data: DetectionData, class_ids: list[int], fast: bool = False):
         self.data, self.fast = data, fast
         self.category_of = dict(zip(class_ids, data.category_ids))
-        self.image_ids = set(data.image_ids.tolist())
         self.detections = {}
         self._finished = False
 
@@ -132,20 +131,21 @@ class DetectionMetric:
         if not compute_result:
             return {}
         self._finished = True
-        self._check_image_ids()
+        check_image_ids(self.detections, self.data)
         results = coco_results(self.detections.values(), self.category_of)
         return average_precision(self.data.ground_truth(), results, self.fast)
 
-    def _check_image_ids(self):
-        unknown = sorted(self.detections.keys() - self.image_ids)
-        if unknown:
-            raise ValueError(f"{self.data.source} has no pictures with the ids {listed(unknown)}.")
-        missing = sorted(self.image_ids - self.detections.keys())
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(self.image_ids)} pictures of {self.data.source} were not evaluated, ids "
-                f"{listed(missing)}. To evaluate a part, give DetectionMetric data.select(rows)."
-            )
+
+def check_image_ids(found: Iterable[int], data):
+    """Raises `ValueError` unless all pictures of the data and no others were evaluated."""
+    found, expected = set(found), set(data.image_ids.tolist())
+    if found - expected:
+        raise ValueError(f"{data.source} has no pictures with the ids {listed(sorted(found - expected))}.")
+    if expected - found:
+        raise ValueError(
+            f"{len(expected - found)} of {len(expected)} pictures of {data.source} were not evaluated, ids "
+            f"{listed(sorted(expected - found))}. To evaluate a part, give the metric data.select(rows)."
+        )
 
 
 def coco_results(detections: Iterable[dict], category_of: dict[int, int]) -> list[dict]:

@@ -24,7 +24,8 @@ from transformers import EvalPrediction
 from ..data.coco_masks import InstanceData
 from ..data.rle import encode_masks
 from .average_precision import average_precision, match_objects
-from .segmentation import PostProcessor, check_image_ids, check_is_list
+from .detection import check_image_ids
+from .segmentation import PostProcessor, check_is_list
 
 
 MAX_INSTANCES = 100

@@ -30,7 +30,8 @@ from transformers import BaseImageProcessor, EvalPrediction
 from transformers.utils import ModelOutput
 
 from ..data.coco_panoptic import PanopticData, segment_colours
-from .segmentation import PostProcessor, check_image_ids, check_is_list
+from .detection import check_image_ids
+from .segmentation import PostProcessor, check_is_list
 
 
 class PanopticPostProcessor(PostProcessor):

@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction
 
-from ..data.detection_data import listed
 from ..training import ClusterFormerTrainer
 
 
@@ -174,16 +173,4 @@ def check_is_list(prediction: EvalPrediction):
         raise TypeError(
             "Predictions must come as a list with one dict for each picture: pass a post-processor as "
             "preprocess_logits_for_metrics, and training arguments from set_up_evaluation."
-        )
-
-
-def check_image_ids(found: Iterable[int], data):
-    """Raises `ValueError` unless all pictures of the data and no others were evaluated."""
-    found, expected = set(found), set(data.image_ids.tolist())
-    if found - expected:
-        raise ValueError(f"{data.source} has no pictures with the ids {listed(sorted(found - expected))}.")
-    if expected - found:
-        raise ValueError(
-            f"{len(expected - found)} of {len(expected)} pictures of {data.source} were not evaluated, ids "
-            f"{listed(sorted(expected - found))}. To evaluate a part, give the metric data.select(rows)."
         )

@@ -19,7 +19,8 @@ from transformers import BaseImageProcessor, EvalPrediction
 from transformers.utils import ModelOutput
 
 from ..data.label_maps import IGNORE_INDEX, SemanticData
-from .segmentation import PostProcessor, check_image_ids, check_is_list
+from .detection import check_image_ids
+from .segmentation import PostProcessor, check_is_list
 
 
 # In maps of panoptic segments, of which 255 may be a class.
