@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
-from .model_card import DEFAULT_LICENSE, TrainingRecord, render_model_card
+from .model_card import TrainingRecord, render_model_card
 from .modeling_clusterformer import ClusterFormerPreTrainedModel
 from .provenance import read_for
 
@@ -78,7 +78,7 @@ def export_repository(
     results: str | Path | None = None,
     record: str | Path | None = None,
     example: Image.Image | None = None,
-    license: str | None = DEFAULT_LICENSE,
+    license: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
     """
@@ -92,7 +92,7 @@ def export_repository(
         results: The JSON file of the model's evaluation. Without it README.md has no numbers.
         record: The `training_record.json` of the model's training. Pictures beside it that it shows are taken too.
         example: A picture that may be published. Without it one is drawn.
-        license: The weights' license, by its name on the Hub; None if it is not known.
+        license: The weights' license, by its name on the Hub; that of the record if unset.
         max_shard_size: Weights of more bytes (a number, or as `"5GB"`) are split into files of this size.
 
     Raises:
@@ -124,6 +124,7 @@ def export_repository(
     for path in pictures:
         shutil.copyfile(path, out_dir / path.name)
     (example or draw_example(model.config.image_size)).convert("RGB").save(out_dir / EXAMPLE_NAME)
+    license = license or (training.license if training else None)
     card = render_model_card(model, repo_id, training, numbers, license, EXAMPLE_NAME)
     card.save(out_dir / "README.md")
     return out_dir

@@ -136,17 +136,29 @@ def boxes_of_real_areas(
         labels (`list[dict[str, torch.Tensor]]`): Where `size` is `padded_size`, boxes are shares of the padded image.
         sizes (`torch.Tensor` of shape `(batch, 2)`, *optional*): Real height and width of padded images.
         padded_size (`tuple[int, int]`): Height and width of the batch.
+
+    Raises:
+        `ValueError`: if such boxes reach into the padding, naming the image and the box.
     """
     if sizes is None:
         return labels
     found = []
-    for label, size in zip(labels, sizes):
-        if label.get("size") is not None and tuple(map(int, label["size"])) == tuple(padded_size):
-            boxes = label["boxes"]
+    for i, (label, size) in enumerate(zip(labels, sizes)):
+        if _is_size(label.get("size"), padded_size):
+            boxes = label["boxes"].float()
             ratios = boxes.new_tensor(padded_size).flip(0) / size.flip(0).to(boxes)
             label = {**label, "boxes": boxes * ratios.repeat(2)}
+            _check_boxes(label["boxes"], i, len(boxes))
         found.append(label)
     return found
+
+
+def _is_size(value, size: tuple[int, int]) -> bool:
+    """Whether a label's entry, which may be anything, is this height and width."""
+    try:
+        return torch.as_tensor(value).flatten().tolist() == list(size)
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def check_detection_labels(labels, batch_size: int, num_labels: int):

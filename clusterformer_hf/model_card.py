@@ -19,14 +19,19 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Template
 from transformers import PreTrainedModel
 from transformers.modelcard import TrainingSummary, make_markdown_table
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from .configuration_clusterformer import ClusterFormerConfig
 from .provenance import PROVENANCE, fingerprint, read_for
 
+
+logger = logging.get_logger(__name__)
 
 TEMPLATES = Path(__file__).parent / "model_cards"
 RECORD_NAME = "training_record.json"
@@ -58,9 +63,9 @@ class TrainingRecord:
     """What it must not be used for."""
     data: str
     """The training and evaluation pictures."""
-    base_model: str | None = None
+    base_model: str | list[str] | None = None
     """The model on the Hub that it was trained from, be it through others that were not published."""
-    license: str | None = None
+    license: str | list[str] | None = None
     """The weights' license, by its name on the Hub; None if it is not known."""
     datasets: list[str] = field(default_factory=list)
     """The data sets on the Hub that it was trained on."""
@@ -94,7 +99,7 @@ class TrainingRecord:
         Path(path).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def origin(checkpoint: str) -> dict[str, str | None]:
+def origin(checkpoint: str) -> dict[str, str | list[str] | None]:
     """
     `finetuned_from` and `license` of a training, as [`TrainingSummary`] takes them, from the folder that it started
     from. A name on the Hub is left to [`TrainingSummary`], which asks there; an empty one is a training from scratch.
@@ -106,17 +111,25 @@ def origin(checkpoint: str) -> dict[str, str | None]:
     return {"finetuned_from": _recorded(checkpoint, "base_model"), "license": known_license(checkpoint)}
 
 
-def known_license(folder: str | Path) -> str | None:
+def known_license(folder: str | Path) -> str | list[str] | None:
     """The license in the README.md of a model's folder, or in the record of its training; None if it is not known."""
     return _recorded(folder, "license")
 
 
-def _recorded(folder: str | Path, name: str) -> str | None:
-    card, record = Path(folder, "README.md"), Path(folder, RECORD_NAME)
-    found = ModelCard.load(card).data.get(name) if card.is_file() else None
+def _recorded(folder: str | Path, name: str) -> str | list[str] | None:
+    """A field of the README.md's metadata or of the record, in the folder of a run for one of its checkpoints."""
+    folder = Path(folder)
+    folder = folder.resolve().parent if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else folder
+    card, record = folder / "README.md", folder / RECORD_NAME
+    found = None
+    if card.is_file():
+        try:
+            found = ModelCard.load(card, ignore_metadata_errors=True).data.get(name)
+        except (ValueError, yaml.YAMLError) as error:
+            logger.warning(f"{card} cannot be read, so it does not tell the {name}: {error}")
     if not found and record.is_file():
         found = json.loads(record.read_text(encoding="utf-8")).get(name)
-    return found[0] if isinstance(found, list) else found
+    return found
 
 
 def render_model_card(
@@ -124,7 +137,7 @@ def render_model_card(
     location: str,
     record: TrainingRecord | None = None,
     results: dict | None = None,
-    license: str | None = None,
+    license: str | list[str] | None = None,
     example: str | None = None,
 ) -> ModelCard:
     """

@@ -806,8 +806,8 @@ class ClusterFormerForImageClassification(ClusterFormerPreTrainedModel):
         Args:
             pixel_values, pixel_mask, output_cluster_assignments: See [`ClusterFormerModel.forward`].
             labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                Classes in `[0, num_labels)`, or -100 for a picture without a loss (cross-entropy); or values for the
-                `problem_type` of the config.
+                Classes in `[0, num_labels)`, or -100 for a picture that the loss, cross-entropy, leaves out (NaN where
+                it leaves out all); or values for the `problem_type` of the config.
 
         Raises:
             `ValueError`: if a label is none of these.
@@ -957,8 +957,8 @@ class ClusterFormerForUniversalSegmentation(ClusterFormerPreTrainedModel):
                 padded at the right and the bottom, as images are. More keys are ignored.
             mask_labels, class_labels (`list[torch.Tensor]`, *optional*):
                 The same as two lists, as Mask2Former takes them. Only by name: Trainer, which looks for labels in the
-                signature, would ask for all of them before it evaluates a loss. With these it needs
-                `label_names=["mask_labels", "class_labels"]`.
+                signature, would ask for all of them before it evaluates a loss. To train and to evaluate with these it
+                needs `label_names=["mask_labels", "class_labels"]`.
 
         Raises:
             `ValueError`: if the labels are of another form, naming the image and the value.

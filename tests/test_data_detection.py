@@ -305,6 +305,14 @@ def test_pictures_are_checked_once(tmp_path, monkeypatch, num_proc):
     assert drop_unusable(read_coco(folder, file), skip_corrupt=False, num_proc=num_proc)[1] == []
 
 
+def test_pictures_are_checked_without_a_cache(tmp_path, monkeypatch, caplog):
+    folder, file = write(tmp_path, content())
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert drop_unusable(read_coco(folder, file), skip_corrupt=False)[1] == []
+    assert "checks the pictures for itself" in caplog.text
+
+
 @pytest.mark.parametrize("layout", ["annotations", "images", "beside"])
 def test_find_coco_splits(layout, tmp_path):
     for name in ("train2017", "test", "val2017"):

@@ -14,6 +14,7 @@
 """Reading, checking and augmenting masks for semantic, instance and panoptic segmentation."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -181,11 +182,25 @@ def test_label_maps_that_may_count_from_0(tmp_path, caplog):
     warn_of_unused_ids({"train": read_train(tmp_path)})
     assert not caplog.text
     warn_of_unused_ids({"train": read_train(tmp_path, reduce_labels=True)})
-    assert "no label map has the id 3" in caplog.text and "--reduce_labels false" in caplog.text
+    assert "No label map of" in caplog.text and "has the id 3" in caplog.text and "--reduce_labels false" in caplog.text
     caplog.clear()
+    without = read_train(tmp_path, reduce_labels=True)
     write_pair(tmp_path, "b", ids(20, 30, 4))
-    warn_of_unused_ids({"train": read_train(tmp_path, reduce_labels=True)})
+    warn_of_unused_ids({"train": read_train(tmp_path, reduce_labels=True), "validation": without})
     assert not caplog.text
+
+
+def test_a_data_set_that_is_written_anew_is_checked_anew(tmp_path):
+    columns = {"image": str(tmp_path / "images/train/a.jpg"), "label": str(tmp_path / "annotations/train/a.png")}
+    features = datasets.Features({name: datasets.Image() for name in columns})
+    for label, number in ((1, 0), (77, 1), (1, 0)):
+        write_pair(tmp_path, "a", np.full((20, 30), label, np.uint8))
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        rows = {name: [path] for name, path in columns.items()}
+        datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "saved")
+        splits = datasets.DatasetDict(train=datasets.load_from_disk(tmp_path / "saved"))
+        _, problems = drop_unusable(pick_label_maps(splits, "saved", NAMES)["train"], skip_corrupt=True)
+        assert len(problems) == number
 
 
 @pytest.mark.parametrize(

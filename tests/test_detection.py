@@ -391,6 +391,13 @@ def test_labels_of_an_image_processor_that_pads():
         bare = [{name: label[name] for name in ("class_labels", "boxes")} for label in own]
         assert torch.equal(model(batch["pixel_values"], batch["pixel_mask"], labels=bare).loss, expected.loss)
     torch.testing.assert_close(padded.loss, expected.loss)
+    # What is no size, or another one, is the business of whoever wrote it; boxes in the padding are not.
+    for other in (None, "64x64", {"height": 64}, torch.tensor(5), [32, 32], np.array([1.0])):
+        labels = [label | {"size": other} for label in bare]
+        assert torch.equal(model(batch["pixel_values"], batch["pixel_mask"], labels=labels).loss, expected.loss)
+    batch["labels"][0]["boxes"] = torch.tensor([[0.5, 0.9, 0.1, 0.1]])
+    with pytest.raises(ValueError, match=r"labels\[0\]\['boxes'\]` has \[0.5, 1.79"):
+        model(**batch)
 
 
 def test_the_box_loss_shapes_the_clusters():

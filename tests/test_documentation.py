@@ -237,8 +237,9 @@ def test_tables_of_comparisons_are_those_of_the_runs(task):
     (path,) = (ROOT / "docs" / "results").glob(f"compare_*{task}.json")
     readme, contestants = (ROOT / "README.md").read_text(encoding="utf-8"), {}
     for run in json.loads(path.read_text()):
-        contestants.setdefault((run["model"], run.get("samples")), []).append(run)
-    for (_, samples), runs in contestants.items():
+        own = (run["model"], run.get("learning_rate"), run.get("config"), run.get("samples"))
+        contestants.setdefault(own, []).append(run)
+    for (*_, samples), runs in contestants.items():
         points = list(zip(*(run["curve"] for run in runs)))
         cells = [f"{runs[0]['parameters'] / 1e6:.2f}M"]
         cells += [f"{mean(point['samples'] for point in points[-1]):,.0f}"] if samples is None else []

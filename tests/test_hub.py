@@ -636,11 +636,12 @@ def test_license_is_that_of_the_training(tmp_path, runs, monkeypatch, capsys):
 
 
 def test_license_is_that_of_the_checkpoint(tmp_path, runs):
-    """Also where it reached this machine as a folder, and was trained once before."""
+    """Also where it reached this machine as a folder, and was trained once before, as far as a checkpoint."""
+    start = runs["classifier"]
 
     def train(checkpoint: Path | None, name: str) -> ModelCard:
-        start = ClusterFormerForImageClassification.from_pretrained
-        model = build("classifier") if checkpoint is None else start(checkpoint)
+        load = ClusterFormerForImageClassification.from_pretrained
+        model = build("classifier") if checkpoint is None else load(checkpoint)
         output_dir = tmp_path / name
         args = ClusterFormerTrainingArguments(str(output_dir), use_cpu=True, report_to="none")
         trainer = ClusterFormerTrainer(model, args, train_dataset=[{}])
@@ -650,14 +651,22 @@ def test_license_is_that_of_the_checkpoint(tmp_path, runs):
 
     assert train(None, "scratch").data.license == "apache-2.0"
     assert train(tmp_path / "scratch", "from_scratch").data.license == "apache-2.0"
-    base = shutil.copytree(runs["classifier"], tmp_path / "download")
+    base = shutil.copytree(start, tmp_path / "download")
     (base / "training_record.json").unlink()
     assert train(base, "unknown").data.license is None and known_license(tmp_path / "unknown") is None
+    (base / "README.md").write_text("---\nlicense: a: b\n---\n")
+    assert train(base, "unreadable").data.license is None
     (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: someone/base\n---\n")
     train(base, "once")
-    card = train(tmp_path / "once", "twice")
+    card = train(shutil.copytree(start, tmp_path / "once" / "checkpoint-5"), "twice")
     assert card.data.license == "cc-by-nc-4.0" and card.data.base_model == "someone/base"
     assert known_license(tmp_path / "twice") == "cc-by-nc-4.0"
+
+    # From Python: that of the record, and none without one.
+    model, processor = build("classifier"), ViTImageProcessor()
+    for record, license in ((start / "training_record.json", "apache-2.0"), (None, None)):
+        folder = export_repository(model, processor, tmp_path / f"of_{license}", "me/it", record=record)
+        assert ModelCard.load(folder / "README.md").data.license == license
 
 
 class Pictures(list):

@@ -14,16 +14,18 @@
 """Pictures that cannot be used: they are found before a training starts, and named."""
 
 import logging
+import os
 from pathlib import Path
 
 import datasets
 from datasets import Dataset, Features, Image, Value
 from datasets.fingerprint import Hasher
 
-from .. import __version__
-
 
 logger = logging.getLogger(__name__)
+
+# Of what pictures are checked for: another one forgets what was found before.
+CHECKS_VERSION = 1
 
 
 def find_problems(data, num_proc: int | None = None) -> dict[int, str]:
@@ -43,9 +45,14 @@ def find_problems(data, num_proc: int | None = None) -> dict[int, str]:
             return str(error)
         return None
 
-    fingerprint = Hasher.hash((__version__, data, file_states(data.pictures)))
+    fingerprint = Hasher.hash((CHECKS_VERSION, data, file_states(data.pictures)))
     folder = Path(datasets.config.HF_DATASETS_CACHE, "picture_checks")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        cache = {"cache_file_name": str(folder / f"{fingerprint}.arrow"), "new_fingerprint": fingerprint}
+    except OSError as error:
+        logger.warning(f"Every process checks the pictures for itself: {error}")
+        cache = {"load_from_cache_file": False}
     problems = data.pictures.map(
         lambda _, row: {"problem": problem(row)},
         with_indices=True,
@@ -53,22 +60,29 @@ def find_problems(data, num_proc: int | None = None) -> dict[int, str]:
         remove_columns=data.pictures.column_names,
         features=Features({"problem": Value("string")}),
         num_proc=num_proc,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        new_fingerprint=fingerprint,
         desc="Checking the pictures",
+        **cache,
     )["problem"]
     suspects = [row for row, found in enumerate(problems) if found is not None]
-    # Again: a picture of an Arrow file's paths may have been repaired since.
+    # Again: the file may have been repaired since, where rows of an Arrow file name it.
     return {row: found for row in suspects if (found := problem(row)) is not None}
 
 
 def file_states(pictures: Dataset) -> list[tuple[str, int, int]]:
-    """Path, size and time of change of the files that the rows name; none where the rows are in Arrow files."""
-    if pictures.cache_files:
-        return []
-    columns = [name for name, feature in pictures.features.items() if isinstance(feature, Image)]
-    paths = (Path(row[name]["path"]) for row in pictures for name in columns if row[name]["bytes"] is None)
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+    """Path, size and time of change of the files that hold the rows, or that rows in memory name."""
+    paths = [each["filename"] for each in pictures.cache_files]
+    if not paths:
+        columns = [name for name, feature in pictures.features.items() if isinstance(feature, Image)]
+        rows = (row[name] or {} for row in pictures for name in columns)
+        paths = [row["path"] for row in rows if row.get("path") and not row.get("bytes")]
+    states = []
+    for path in paths:
+        try:
+            state = os.stat(path)
+        except OSError:  # said where the picture is opened
+            continue
+        states.append((path, state.st_size, state.st_mtime_ns))
+    return states
 
 
 def drop_unusable(data, skip_corrupt: bool, num_proc: int | None = None):

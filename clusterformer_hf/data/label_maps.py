@@ -124,15 +124,15 @@ def warn_of_unused_ids(splits: dict[str, SemanticData]):
     Says so where label maps are read as counting from 1 and no picture has the last class: they may count from 0, and
     each class would be taken for the one before it. Opens label maps until the class is found.
     """
-    for data in splits.values():
-        last = len(data.class_names)
-        if data.reduce_labels and not any(
-            (open_label_map(label_map, data.colours) == last).any() for label_map in data.pictures["label_map"]
-        ):
-            logger.warning(
-                f"{data.source}: no label map has the id {last}, {data.class_names[-1]!r}. Ids are read as 1 to "
-                f"{last}, 0 for no class; if they count from 0, pass --reduce_labels false."
-            )
+    data = next(iter(splits.values()))
+    last = len(data.class_names)
+    maps = ((each, label_map) for each in splits.values() for label_map in each.pictures["label_map"])
+    if data.reduce_labels and not any((open_label_map(one, each.colours) == last).any() for each, one in maps):
+        logger.warning(
+            f"No label map of {', '.join(each.source for each in splits.values())} has the id {last}, "
+            f"{data.class_names[-1]!r}. Ids are read as 1 to {last}, 0 for no class; if they count from 0, pass "
+            "--reduce_labels false."
+        )
 
 
 def open_label_map(source, colours: dict[tuple[int, int, int], int] | None = None) -> np.ndarray:
