@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Trains a nano model for panoptic segmentation on digit scenes and draws what it finds beside the truth: about 70 minutes
+Trains a nano model for panoptic segmentation on digit scenes and draws what it finds beside the truth: about an hour
 on one CPU core.
 
     python scripts/demo_segmentation.py [--output_dir DIR] [--max_steps N] [--resume_from_checkpoint true]
