@@ -20,7 +20,6 @@ from transformers.configuration_utils import PreTrainedConfig
 
 CLUSTERINGS = ("recurrent", "release", "release_flash")
 CLASSIFIER_POOLINGS = ("centers", "stages")
-CLASS_LOSSES = ("focal", "varifocal")
 
 
 @strict
@@ -102,10 +101,6 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
             Weights of the detection matcher.
         class_loss_coefficient, bbox_loss_coefficient, giou_loss_coefficient (`float`, defaults to 2, 5 and 2):
             Weights of the detection losses.
-        class_loss (`str`, *optional*, defaults to `"focal"`):
-            The detector's loss of classes: `"focal"` is Deformable DETR's sigmoid focal loss, `"varifocal"` that of
-            RT-DETR (https://arxiv.org/abs/2008.13367), whose target is the IoU of the box, so that scores order boxes
-            by how exact they are. Its gradient is larger: give it a smaller `class_loss_coefficient`.
         focal_alpha (`float`, *optional*, defaults to 0.25):
             Alpha of the sigmoid focal loss of detection.
         class_weight, mask_weight, dice_weight (`float`, *optional*, defaults to 2, 5 and 5):
@@ -168,7 +163,6 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
     class_loss_coefficient: float | int = 2
     bbox_loss_coefficient: float | int = 5
     giou_loss_coefficient: float | int = 2
-    class_loss: str = "focal"
     focal_alpha: float = 0.25
     class_weight: float | int = 2.0
     mask_weight: float | int = 5.0
@@ -212,8 +206,6 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("num_channels", "patch_size", "num_iterations", "decoder_layers", "decoder_num_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {name}={getattr(self, name)}.")
-        if self.class_loss not in CLASS_LOSSES:
-            raise ValueError(f"`class_loss` must be one of {CLASS_LOSSES}, got {self.class_loss!r}.")
         for name in ("drop_path_rate", "hidden_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {name}={getattr(self, name)}.")

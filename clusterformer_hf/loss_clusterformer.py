@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
-from transformers.loss.loss_rt_detr import RTDetrLoss
 from transformers.models.mask2former import modeling_mask2former
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerHungarianMatcher,
@@ -85,21 +84,11 @@ class ClusterFormerBoxLoss(DeformableDetrImageLoss):
         return super().get_loss(loss, outputs, targets, indices, self.num_boxes)
 
 
-class ClusterFormerVarifocalBoxLoss(ClusterFormerBoxLoss):
-    """With RT-DETR's loss of classes, and its alpha and gamma."""
-
-    alpha, gamma = 0.75, 2.0
-    loss_labels_vfl = RTDetrLoss.loss_labels_vfl
-
-    def loss_labels(self, outputs, targets, indices, num_boxes) -> dict[str, torch.Tensor]:
-        return {"loss_ce": self.loss_labels_vfl(outputs, targets, indices, num_boxes)["loss_vfl"]}
-
-
 def detection_loss(
     outputs: list[dict[str, torch.Tensor]], labels: list[dict[str, torch.Tensor]], config: ClusterFormerConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    The set loss of Deformable DETR (https://arxiv.org/abs/2010.04159): `config.class_loss`, L1 and GIoU under the best
+    The set loss of Deformable DETR (https://arxiv.org/abs/2010.04159): sigmoid focal loss, L1 and GIoU under the best
     matching, for each of several predictions.
 
     Args:
@@ -113,8 +102,7 @@ def detection_loss(
         the auxiliary predictions. NaN and no parts where a prediction is not finite.
     """
     matcher = DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
-    loss_class = ClusterFormerVarifocalBoxLoss if config.class_loss == "varifocal" else ClusterFormerBoxLoss
-    criterion = loss_class(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes"])
+    criterion = ClusterFormerBoxLoss(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes"])
     weights = {
         "loss_ce": config.class_loss_coefficient,
         "loss_bbox": config.bbox_loss_coefficient,

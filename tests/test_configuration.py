@@ -75,7 +75,6 @@ def test_save_and_load(tmp_path):
         ({"out_features": ["stage5"]}, "stage5"),
         ({"depths": "2262"}, "depths"),
         ({"num_iterations": 2.5}, "num_iterations"),
-        ({"class_loss": "vfl"}, r"`class_loss` must be one of .*'vfl'"),
         ({"drop_path_rate": 1}, r"`drop_path_rate` must be in \[0, 1\)"),
     ],
 )
