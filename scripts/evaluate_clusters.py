@@ -21,7 +21,9 @@ The folder is in COCO's format with masks, such as digit scenes; its validation 
 picture takes its strongest cluster, and the partition is compared with the true segments (see `cluster_quality`), for
 each stage, for the decoder's last layer, where there is one, on the finest map that it clusters, and for the masks of a
 universal segmentation model: they are its assignments in high resolution, and a pixel takes the centre whose mask and
-class together are the most probable, as in panoptic segmentation:
+class together are the most probable, as in panoptic segmentation. Of a detector also `boxes`, what the boxes that were
+found were read from: a pixel takes the box that it counts for most, as a share of what the box's strongest pixel
+counts, and none below a share of 0.3:
 
 - `ours`: the model's clusters, mean of the heads' scores; every head clusters for itself.
 - `ours, best head`: for each measure the head that is best on one half of the pictures, scored on the other half.
@@ -42,6 +44,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from skimage.segmentation import slic
 from sklearn.cluster import KMeans
@@ -51,6 +54,7 @@ import clusterformer_hf
 from clusterformer_hf import (
     ClusterFormerBackbone,
     ClusterFormerConfig,
+    ClusterFormerForObjectDetection,
     ClusterFormerForUniversalSegmentation,
     ClusterFormerModel,
     ClusterFormerPreTrainedModel,
@@ -59,8 +63,17 @@ from clusterformer_hf.data.coco import find_coco_splits
 from clusterformer_hf.data.coco_masks import InstanceData, read_coco_masks
 from clusterformer_hf.decoder_clusterformer import SURPLUS_LOGIT
 from clusterformer_hf.metrics.cluster_quality import MEASURES, cluster_quality
-from clusterformer_hf.modeling_clusterformer import ClusterFormerEncoder, ClusterFormerUniversalSegmentationOutput
-from clusterformer_hf.visualization import stretch
+from clusterformer_hf.modeling_clusterformer import (
+    ClusterFormerEncoder,
+    ClusterFormerObjectDetectionOutput,
+    ClusterFormerUniversalSegmentationOutput,
+)
+from clusterformer_hf.visualization import box_assignment, stretch
+
+
+# Of `boxes`: the score from which a box is found, the share from which a pixel is its, and by how much maps are
+# enlarged, from the decoder's finest pixels to about the picture's.
+FOUND, LEAST_SHARE, ENLARGEMENT = 0.3, 0.3, 4
 
 
 @dataclass
@@ -97,6 +110,8 @@ class StageReader:
         if hasattr(model, "decoder"):
             self.stages.append("decoder")
             model.decoder.layers[-1].clustering.register_forward_pre_hook(self._keep_pixels)
+        if isinstance(model, ClusterFormerForObjectDetection):
+            self.stages.append("boxes")
         if isinstance(model, ClusterFormerForUniversalSegmentation):
             self.stages.append("masks")
             model.decoder.pixel_embeddings.register_forward_hook(self._keep_embeddings)
@@ -120,7 +135,8 @@ class StageReader:
     def __call__(self, picture) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
         """
         Returns for each stage the labels of its map (heads, height, width), int64; what its last block, or the
-        decoder's last layer, clusters, or masks are read from (height, width, channels); and its number of clusters, K.
+        decoder's last layer, clusters, or masks are read from (height, width, channels), of `boxes` those of the
+        decoder; and its number of clusters, K.
         """
         inputs = self.image_processor(images=picture, return_tensors="pt")
         inputs = {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}
@@ -131,13 +147,26 @@ class StageReader:
         if "masks" in self.stages:
             maps.append(mask_probabilities(outputs)[:, None])  # as of one head
         found = {}
-        for name, assignments in zip(self.stages, maps, strict=True):
+        names = [name for name in self.stages if name != "boxes"]
+        for name, assignments in zip(names, maps, strict=True):
             real = assignments[0, 0].sum(dim=0) > 0
             height, width = int(real.any(dim=1).sum()), int(real.any(dim=0).sum())
             labels = assignments[0, :, :, :height, :width].argmax(dim=1)
             features = self.features[name][:height, :width]
             found[name] = labels.numpy(), features.numpy(), assignments.shape[2]
+        if "boxes" in self.stages:
+            found["boxes"] = box_labels(outputs), *found["decoder"][1:]
         return found
+
+
+def box_labels(outputs: ClusterFormerObjectDetectionOutput) -> np.ndarray:
+    """The box that each pixel is of, (1, height, width), in [0, K), and K for pixels of none."""
+    scores = outputs.logits[0].sigmoid().amax(dim=-1)
+    maps = np.stack([box_assignment(outputs, 0, query) for query in range(len(scores))])
+    maps = F.interpolate(torch.from_numpy(maps)[None], scale_factor=ENLARGEMENT, mode="bilinear")
+    strongest = maps.amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+    shares = maps / strongest * (scores > FOUND)[:, None, None]
+    return torch.cat([shares, torch.full_like(shares[:, :1], LEAST_SHARE)], dim=1).argmax(dim=1).numpy()
 
 
 def mask_probabilities(outputs: ClusterFormerUniversalSegmentationOutput) -> torch.Tensor:

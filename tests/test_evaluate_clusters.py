@@ -37,8 +37,9 @@ from clusterformer_hf import (
 from clusterformer_hf.data.coco_masks import read_coco_masks
 from clusterformer_hf.data.digit_scenes import write_digit_scenes
 from clusterformer_hf.metrics.cluster_quality import MEASURES, cluster_quality
+from clusterformer_hf.modeling_clusterformer import ClusterFormerObjectDetectionOutput
 from clusterformer_hf.visualization import cluster_map, stretch
-from scripts.evaluate_clusters import load_model, main, summarise, true_segments
+from scripts.evaluate_clusters import box_labels, load_model, main, summarise, true_segments
 
 
 NANO = {
@@ -146,7 +147,7 @@ def test_table_on_digit_scenes(scenes, detector, released, tmp_path, capsys):
     assert f"released: from {released}" in printed and written["pictures"] == 3
     kinds = ["ours", "ours, best head", "k-means", "SLIC", "released", "released, best head"]
     expected = [(stage, kind) for stage in ("1", "2", "3", "4") for kind in kinds]
-    expected += [("decoder", kind) for kind in kinds[:4]]
+    expected += [(stage, kind) for stage in ("decoder", "boxes") for kind in kinds[:4]]
     assert [(row["stage"], row["clusters"]) for row in written["rows"]] == expected
     for row in written["rows"]:
         assert all(-0.5 <= row[measure] <= 1 for measure in MEASURES) and 1 <= row["used"] <= 9
@@ -173,6 +174,16 @@ def test_table_on_digit_scenes(scenes, detector, released, tmp_path, capsys):
     assert [row[measure] for measure in MEASURES] == pytest.approx(np.mean(decoder, axis=0).tolist())
     kmeans = {tuple(row[m] for m in MEASURES) for row in written["rows"] if row["clusters"] == "k-means"}
     assert len(kmeans) == 5  # of each stage's own features
+
+
+def test_pixels_that_boxes_were_read_from():
+    """The box that a pixel counts for most, as a share of its strongest pixel; weak pixels are of none."""
+    maps = torch.zeros(1, 1, 3, 4, 4)
+    maps[0, 0, 0, :2], maps[0, 0, 1, 3], maps[0, 0, 2] = 0.8, 0.1, 0.9
+    logits = torch.tensor([[[2.0, -5.0], [-5.0, 2.0], [-5.0, -5.0]]])  # the third is no box
+    labels = box_labels(ClusterFormerObjectDetectionOutput(logits=logits, decoder_cluster_assignments=((maps,),)))
+    assert labels.shape == (1, 16, 16)
+    assert (labels[0, :7] == 0).all() and (labels[0, 14:] == 1).all() and (labels[0, 9:11] == 3).all()
 
 
 def test_masks_of_a_universal_model(scenes, released, tmp_path):
