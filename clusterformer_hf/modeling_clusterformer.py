@@ -909,7 +909,8 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
         loss, loss_dict = None, None
         if labels is not None:
             check_detection_labels(labels, len(pixel_values), self.num_labels)
-            labels = boxes_of_real_areas(labels, real_sizes(pixel_mask, pixel_values), pixel_values.shape[-2:])
+            if any("size" in label for label in labels):
+                labels = boxes_of_real_areas(labels, real_sizes(pixel_mask, pixel_values), pixel_values.shape[-2:])
             trained = [final, *auxiliary_outputs] if self.config.auxiliary_loss else [final]
             loss, loss_dict = detection_loss(trained, labels, self.config)
 

@@ -42,7 +42,7 @@ from .checkpoints import UNFINISHED_FOLDER, check_same_model, find_checkpoint, p
 from .data.streaming import StreamingDataset
 from .interruption import EXIT_CODE, InterruptionCallback, mark, undisturbed
 from .loss_clusterformer import accumulated
-from .model_card import RECORD_NAME, TrainingRecord, known_license, origin, render_model_card
+from .model_card import RECORD_NAME, TrainingRecord, origin, render_model_card
 from .modeling_clusterformer import ClusterFormerPreTrainedModel
 from .provenance import PROVENANCE, ForeignResultsError, provenance, public_name, read_for
 from .throughput import describe_throughput, measure_throughput
@@ -433,7 +433,6 @@ class ClusterFormerTrainer(Trainer):
                 self.hub_model_id,
                 results=results if own_results(results, model) is not None else None,
                 record=folder / RECORD_NAME,
-                license=known_license(folder),
             )
             private = bool(args.hub_private_repo)
             return hub.publish(

@@ -43,7 +43,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from clusterformer_hf import ClusterFormerConfig, ClusterFormerForImageClassification
 from clusterformer_hf.configuration_clusterformer import as_pair
 from clusterformer_hf.hub import HubError, check_repo_id, export_repository, publish
-from clusterformer_hf.model_card import RECORD_NAME, TrainingRecord, describe, known_license, name_classes
+from clusterformer_hf.model_card import RECORD_NAME, TrainingRecord, describe, name_classes
 from clusterformer_hf.modeling_clusterformer import check_released_input
 
 
@@ -117,9 +117,7 @@ def upload(model, processor, output_dir: Path, repo_id: str):
     """Makes the repository of what was written, with its model card, and publishes it."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            record = output_dir / RECORD_NAME
-            export_repository(model, processor, folder, repo_id, record=record, license=known_license(output_dir))
-            publish(folder, repo_id)
+            publish(export_repository(model, processor, folder, repo_id, record=output_dir / RECORD_NAME), repo_id)
     except HubError as error:
         raise ConversionError(f"The model is in {output_dir}. {error}") from error
 
