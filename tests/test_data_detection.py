@@ -311,6 +311,14 @@ def test_pictures_are_checked_without_a_cache(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert drop_unusable(read_coco(folder, file), skip_corrupt=False)[1] == []
     assert "checks the pictures for itself" in caplog.text
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "read_only"))
+
+    def refuse(dir):
+        raise PermissionError(f"{dir} is read-only")
+
+    monkeypatch.setattr("clusterformer_hf.data.checks.TemporaryFile", refuse)
+    assert drop_unusable(read_coco(folder, file), skip_corrupt=False)[1] == []
+    assert "read_only/picture_checks is read-only" in caplog.text
 
 
 @pytest.mark.parametrize("layout", ["annotations", "images", "beside"])
@@ -514,6 +522,32 @@ def test_boxes_follow_the_pixels(size, shape, tmp_path):
     assert len(set(found)) > 20 and len(shapes) > 5
 
 
+@pytest.mark.parametrize("crop_size", [40, 170])
+def test_squares_at_random_places(crop_size, tmp_path):
+    """Pictures that are larger and smaller end in one size; what is cut away has no box."""
+    data = one_rectangle(tmp_path, 60, 90, [22, 31, 30, 18])
+    processor = DeformableDetrImageProcessor(size={"height": 72, "width": 108}, do_normalize=False)
+    args = {"min_scale": 0.5, "max_scale": 1.5, "crop_size": crop_size, "horizontal_flip": 0.5}
+    examples = dataset(data, args, processor=processor)
+    found = []
+    for epoch in range(80):
+        examples.set_epoch(epoch)
+        pixel_values, boxes = examples[0]["pixel_values"], examples[0]["labels"]["boxes"]
+        assert pixel_values.shape == (3, crop_size, crop_size)
+        if (pixel_values[0] > 0.6).any():  # padding has the image processor's mean, 0.485
+            box = red_box(pixel_values)
+            is_sliver = (box[2:] - box[:2]).min() <= 1
+            assert len(boxes) == 1 or is_sliver
+        else:
+            assert len(boxes) == 0
+        if len(boxes):
+            np.testing.assert_allclose(corners(boxes, crop_size, crop_size)[0], box, atol=1)
+            found.append(tuple(box))
+    assert len(set(found)) > 30
+    if crop_size > 162:  # larger than every picture
+        assert len(found) == 80
+
+
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_flip(flip, tmp_path):
     data = one_rectangle(tmp_path, 48, 48, [4, 10, 10, 10])
@@ -583,6 +617,7 @@ def test_other_image_processors(data):
     processor = RTDetrImageProcessor(size={"height": 32, "width": 64})
     for examples in (dataset(data, processor=processor), dataset(data, {"crop": 1.0}, processor=processor)):
         assert examples[0]["pixel_values"].shape == (3, 32, 64)
+    assert dataset(data, {"crop_size": 48}, processor=processor)[0]["pixel_values"].shape == (3, 48, 48)
 
 
 def test_image_processors_do_not_pad(data):
@@ -643,7 +678,7 @@ def test_pixels_that_are_not_finite_are_named(data):
 def test_augmentation_arguments():
     (args,) = HfArgumentParser(DetectionAugmentationArguments).parse_args_into_dataclasses(["--horizontal_flip", "0"])
     assert args.horizontal_flip == 0
-    for wrong in ({"crop": 1.5}, {"horizontal_flip": -1}, {"min_scale": 2.0}, {"min_scale": 0.0}):
+    for wrong in ({"crop": 1.5}, {"horizontal_flip": -1}, {"min_scale": 2.0}, {"min_scale": 0.0}, {"crop_size": 0}):
         (name,) = wrong
         with pytest.raises(ValueError, match=name):
             DetectionAugmentationArguments(**wrong)

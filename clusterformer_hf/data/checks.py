@@ -16,6 +16,7 @@
 import logging
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import datasets
 from datasets import Dataset, Features, Image, Value
@@ -49,6 +50,7 @@ def find_problems(data, num_proc: int | None = None) -> dict[int, str]:
     folder = Path(datasets.config.HF_DATASETS_CACHE, "picture_checks")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()  # it may be there and not be ours to write to
         cache = {"cache_file_name": str(folder / f"{fingerprint}.arrow"), "new_fingerprint": fingerprint}
     except OSError as error:
         logger.warning(f"Every process checks the pictures for itself: {error}")

@@ -50,6 +50,13 @@ class DetectionAugmentationArguments:
     crop: float = field(
         default=0.5, metadata={"help": "Probability of a random crop that keeps the centre of at least one box."}
     )
+    crop_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cut and pad training pictures, after the random size, to squares with sides of so many pixels: "
+            "they lie at random places then, and batches have one size. If unset, pictures are whole."
+        },
+    )
     horizontal_flip: float = field(
         default=0.5,
         metadata={"help": "Probability of a mirrored picture; 0 where left and right differ, as in digits."},
@@ -68,6 +75,8 @@ class DetectionAugmentationArguments:
                 f"--min_scale and --max_scale must be positive and in this order, got {self.min_scale} and "
                 f"{self.max_scale}."
             )
+        if self.crop_size is not None and self.crop_size < 1:
+            raise ValueError(f"--crop_size must be at least 1, got {self.crop_size}.")
 
 
 class DetectionTrainTransform:
@@ -83,6 +92,9 @@ class DetectionTrainTransform:
         if args.crop > 0:
             transforms.append(v2.RandomApply([v2.RandomIoUCrop()], args.crop))
         transforms.append(random_resize(image_processor, args.min_scale, args.max_scale))
+        if args.crop_size is not None:
+            fill = [255 * mean for mean in image_processor.image_mean]
+            transforms.append(v2.RandomCrop(args.crop_size, pad_if_needed=True, fill=fill))
         if args.horizontal_flip > 0:
             transforms.append(v2.RandomHorizontalFlip(args.horizontal_flip))
         if args.photometric_distort > 0:
