@@ -21,7 +21,7 @@ install: $(INSTALLED) ## create .venv and install everything
 demo: $(INSTALLED) ## train, save, reload and draw a small model on real digits
 	$(BIN)/python scripts/quickstart.py
 
-demo-detection: $(INSTALLED) ## train a small detector on digit scenes and draw what it sees, in about an hour
+demo-detection: $(INSTALLED) ## train a small detector on digit scenes and draw what it sees, in half an hour
 	$(BIN)/python scripts/demo_detection.py
 
 demo-segmentation: $(INSTALLED) ## train a small panoptic model on digit scenes and draw what it finds beside the truth

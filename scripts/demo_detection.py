@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Trains a nano detector on digit scenes and shows what each box was read from: about an hour on one slow CPU core.
+Trains a nano detector on digit scenes and shows what each box was read from: half an hour to an hour on one CPU core.
 
     python scripts/demo_detection.py [--output_dir DIR] [--max_steps N] [--resume_from_checkpoint true]
 

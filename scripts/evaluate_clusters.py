@@ -22,8 +22,8 @@ picture takes its strongest cluster, and the partition is compared with the true
 each stage, for the decoder's last layer, where there is one, on the finest map that it clusters, and for the masks of a
 universal segmentation model: they are its assignments in high resolution, and a pixel takes the centre whose mask and
 class together are the most probable, as in panoptic segmentation. Of a detector also `boxes`, what the boxes that were
-found were read from: a pixel takes the box that it counts for most, as a share of what the box's strongest pixel
-counts, and none below a share of 0.3:
+found were read from: Otsu's threshold of how much the pixels inside a box count for it tells those that are its own,
+and a pixel takes the box that it counts for most, as a share of what the box's strongest pixel counts:
 
 - `ours`: the model's clusters, mean of the heads' scores; every head clusters for itself.
 - `ours, best head`: for each measure the head that is best on one half of the pictures, scored on the other half.
@@ -46,8 +46,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from skimage.filters import threshold_otsu
 from skimage.segmentation import slic
 from sklearn.cluster import KMeans
+from torchvision.ops import box_convert
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, HfArgumentParser
 
 import clusterformer_hf
@@ -71,9 +73,9 @@ from clusterformer_hf.modeling_clusterformer import (
 from clusterformer_hf.visualization import box_assignment, stretch
 
 
-# Of `boxes`: the score from which a box is found, the share from which a pixel is its, and by how much maps are
-# enlarged, from the decoder's finest pixels to about the picture's.
-FOUND, LEAST_SHARE, ENLARGEMENT = 0.3, 0.3, 4
+# Of `boxes`: the score from which one is found, and by how much maps are enlarged, to about the picture's size.
+FOUND, ENLARGEMENT = 0.3, 4
+TINY = np.finfo(np.float64).tiny
 
 
 @dataclass
@@ -161,12 +163,27 @@ class StageReader:
 
 def box_labels(outputs: ClusterFormerObjectDetectionOutput) -> np.ndarray:
     """The box that each pixel is of, (1, height, width), in [0, K), and K for pixels of none."""
-    scores = outputs.logits[0].sigmoid().amax(dim=-1)
-    maps = np.stack([box_assignment(outputs, 0, query) for query in range(len(scores))])
-    maps = F.interpolate(torch.from_numpy(maps)[None], scale_factor=ENLARGEMENT, mode="bilinear")
-    strongest = maps.amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-    shares = maps / strongest * (scores > FOUND)[:, None, None]
-    return torch.cat([shares, torch.full_like(shares[:, :1], LEAST_SHARE)], dim=1).argmax(dim=1).numpy()
+    scores = outputs.logits[0].sigmoid().amax(dim=-1).numpy()
+    found = np.flatnonzero(scores > FOUND)
+    shares = [own_pixels(box_assignment(outputs, 0, query), outputs.pred_boxes[0, query]) for query in found]
+    nothing = np.full(np.multiply(box_assignment(outputs, 0, 0).shape, ENLARGEMENT), TINY)
+    return np.append(found, len(scores))[np.stack([*shares, nothing]).argmax(axis=0)][None]
+
+
+def own_pixels(assignment: np.ndarray, box: torch.Tensor) -> np.ndarray:
+    """
+    How much the pixels (height, width), enlarged, count for a box (4,) of cx, cy, w, h in [0, 1], as shares of what the
+    strongest counts: of those inside it that are beyond Otsu's threshold, and else 0.
+    """
+    enlarged = F.interpolate(torch.from_numpy(assignment)[None, None], scale_factor=ENLARGEMENT, mode="bilinear")
+    enlarged = enlarged[0, 0].numpy()
+    height, width = enlarged.shape
+    corners = box_convert(box, "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
+    left, top, right, bottom = corners.round().int().clamp_min(0).tolist()
+    shares, inside = np.zeros_like(enlarged), enlarged[top:bottom, left:right]
+    if inside.size > 0:
+        shares[top:bottom, left:right] = inside * (inside > threshold_otsu(inside)) / max(enlarged.max(), TINY)
+    return shares
 
 
 def mask_probabilities(outputs: ClusterFormerUniversalSegmentationOutput) -> torch.Tensor:

@@ -177,13 +177,18 @@ def test_table_on_digit_scenes(scenes, detector, released, tmp_path, capsys):
 
 
 def test_pixels_that_boxes_were_read_from():
-    """The box that a pixel counts for most, as a share of its strongest pixel; weak pixels are of none."""
-    maps = torch.zeros(1, 1, 3, 4, 4)
-    maps[0, 0, 0, :2], maps[0, 0, 1, 3], maps[0, 0, 2] = 0.8, 0.1, 0.9
-    logits = torch.tensor([[[2.0, -5.0], [-5.0, 2.0], [-5.0, -5.0]]])  # the third is no box
-    labels = box_labels(ClusterFormerObjectDetectionOutput(logits=logits, decoder_cluster_assignments=((maps,),)))
+    """Of a box are the pixels inside it that count more than the others there, however little that is."""
+    maps = torch.zeros(1, 1, 4, 4, 4)
+    maps[0, 0, 0, :2], maps[0, 0, 1, 3], maps[0, 0, 2], maps[0, 0, 3] = 0.8, 0.1, 0.9, 0.0
+    logits = torch.tensor([[[2.0, -5.0], [-5.0, 2.0], [-5.0, -5.0], [2.0, -5.0]]])  # the third is no box
+    boxes = torch.tensor([[[0.375, 0.375, 0.75, 0.75], [0.5, 0.75, 1, 0.5], [0.5, 0.5, 1, 1], [1.0, 0.5, 0, 1]]])
+    labels = box_labels(
+        ClusterFormerObjectDetectionOutput(logits=logits, pred_boxes=boxes, decoder_cluster_assignments=((maps,),))
+    )
     assert labels.shape == (1, 16, 16)
-    assert (labels[0, :7] == 0).all() and (labels[0, 14:] == 1).all() and (labels[0, 9:11] == 3).all()
+    assert (labels[0, :7, :12] == 0).all() and (labels[0, 13:] == 1).all()
+    assert (labels[0, 9:11] == 4).all() and (labels[0, :7, 12:] == 4).all()
+    assert set(np.unique(labels)) == {0, 1, 4}
 
 
 def test_masks_of_a_universal_model(scenes, released, tmp_path):
