@@ -60,6 +60,23 @@ class AugmentationArguments:
                 raise ValueError(f"--{name} must be in [{low}, {high}], got {getattr(self, name)}.")
 
 
+def check_random_view(args, probabilities: tuple[str, ...]):
+    """
+    Raises `ValueError`, naming the flag, unless these fields of `args` are in [0, 1], `min_scale` and `max_scale` are
+    positive and in this order, and `crop_size` is `None` or positive.
+    """
+    for name in probabilities:
+        if not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"--{name} must be in [0, 1], got {getattr(args, name)}.")
+    if not 0 < args.min_scale <= args.max_scale:
+        raise ValueError(
+            f"--min_scale and --max_scale must be positive and in this order, got {args.min_scale} and "
+            f"{args.max_scale}."
+        )
+    if args.crop_size is not None and args.crop_size < 1:
+        raise ValueError(f"--crop_size must be at least 1, got {args.crop_size}.")
+
+
 @contextmanager
 def random_numbers_from(*key: int):
     """Inside, torch's random numbers on the CPU depend on `key` alone; outside they go on as before."""

@@ -29,7 +29,7 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor, PreTrainedConfig
 
-from .augmentation import derive_seed, random_numbers_from
+from .augmentation import check_random_view, derive_seed, random_numbers_from
 from .classification import match_classes
 from .detection_data import DetectionData, listed
 from .images import image_name
@@ -67,16 +67,7 @@ class DetectionAugmentationArguments:
     )
 
     def __post_init__(self):
-        for name in ("crop", "horizontal_flip", "photometric_distort"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must be in [0, 1], got {getattr(self, name)}.")
-        if not 0 < self.min_scale <= self.max_scale:
-            raise ValueError(
-                f"--min_scale and --max_scale must be positive and in this order, got {self.min_scale} and "
-                f"{self.max_scale}."
-            )
-        if self.crop_size is not None and self.crop_size < 1:
-            raise ValueError(f"--crop_size must be at least 1, got {self.crop_size}.")
+        check_random_view(self, ("crop", "horizontal_flip", "photometric_distort"))
 
 
 class DetectionTrainTransform:

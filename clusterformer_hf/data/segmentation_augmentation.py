@@ -22,6 +22,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
+from .augmentation import check_random_view
+
 
 @dataclass
 class SegmentationAugmentationArguments:
@@ -48,16 +50,7 @@ class SegmentationAugmentationArguments:
     )
 
     def __post_init__(self):
-        for name in ("horizontal_flip", "photometric_distort"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must be in [0, 1], got {getattr(self, name)}.")
-        if not 0 < self.min_scale <= self.max_scale:
-            raise ValueError(
-                f"--min_scale and --max_scale must be positive and in this order, got {self.min_scale} and "
-                f"{self.max_scale}."
-            )
-        if self.crop_size is not None and self.crop_size < 1:
-            raise ValueError(f"--crop_size must be at least 1, got {self.crop_size}.")
+        check_random_view(self, ("horizontal_flip", "photometric_distort"))
 
     def crop(self, image_processor: BaseImageProcessor) -> tuple[int, int]:
         """Height and width that training pictures are cut and padded to."""
