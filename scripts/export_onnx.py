@@ -41,6 +41,7 @@ import numpy as np
 import onnx_ir
 import onnxruntime
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from PIL import Image
 from torch.utils import _pytree as pytree
@@ -153,6 +154,8 @@ def export(model: PreTrainedModel, shape: tuple[int, ...], dynamic: list[str], p
             f"{type(model).__name__} does not export with an open {' and '.join(dict.fromkeys(fixed))}: the graph has "
             f"the shape {list(map(str, graph.graph.inputs[0].shape))}. Leave it out of --dynamic."
         )
+    # Of each node the lines of code that it comes from, with the paths of this machine: as large as a small model.
+    ClearMetadataAndDocStringPass()(graph)
     onnx_ir.save(graph, path)
 
 

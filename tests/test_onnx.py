@@ -106,6 +106,8 @@ def test_fixed_sizes(model_class, outputs, tmp_path, capsys):
         re.sub(r"[^a-z0-9]+", ".", name.replace("_", " ")) for name in outputs
     ]
     assert (tmp_path / "out" / "config.json").exists()
+    assert path.stat().st_size < 4.5 * model.num_parameters() + 600_000  # 0.4 MB are the nodes
+    assert b"modeling_clusterformer" not in path.read_bytes()  # no paths of the machine
 
 
 def test_classifier_of_any_batch_in_8_bit(tmp_path, capsys):
