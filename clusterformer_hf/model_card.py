@@ -182,7 +182,7 @@ def render_model_card(
         data,
         template_path=TEMPLATES / "card.md",
         usage=Template((TEMPLATES / f"{template}.md").read_text(encoding="utf-8")).render(values),
-        architecture=architecture(model.config) if is_ours else None,
+        architecture=architecture(model) if is_ours else None,
         results=tables[0],
         class_results=tables[1],
         measured=results and results[PROVENANCE],
@@ -215,14 +215,21 @@ def describe(model: PreTrainedModel) -> str:
     )
 
 
-def architecture(config: ClusterFormerConfig) -> str:
+def architecture(model: PreTrainedModel) -> str:
     def listed(numbers) -> str:
         return ", ".join("x".join(map(str, n)) if isinstance(n, (list, tuple)) else str(n) for n in numbers)
 
-    return (
+    config = model.config
+    encoder = (
         f"{variant(config)}, clustering `{config.clustering}`: stages of {listed(config.depths)} blocks, "
         f"{listed(config.hidden_sizes)} channels, {listed(config.num_attention_heads)} heads and centre grids of "
-        f"{listed(config.center_grid)}, with {config.num_iterations} iterations."
+        f"{listed(config.center_grid)}, T = {config.num_iterations} (E- and M-steps of a clustering)."
+    )
+    if getattr(model, "decoder", None) is None:
+        return encoder
+    return (
+        f"{encoder} Decoder layers: {config.decoder_layers}, of {config.decoder_hidden_size} channels and "
+        f"{config.decoder_attention_heads} heads, T = {config.decoder_num_iterations}."
     )
 
 

@@ -371,6 +371,7 @@ def test_card(kind, exported):
         "1.75",
     ):
         assert text in card.text
+    assert ("Decoder layers: " in card.text) == (kind in ("detector", "semantic", "universal"))
     results = card.text.split("## Results")[1].split("## Limits")[0]
     assert "On 8 pictures of `someone/pictures`" in results and torch.__version__ in results
     assert provenance(build(kind), None)["command"] in results
