@@ -52,9 +52,10 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
             `"release_flash"` have no gradient: DistributedDataParallel needs `find_unused_parameters=True`.
         center_grid (`list[int | list[int]]`, *optional*, defaults to `[10, 10, 10, 10]`):
             Grid that the first centres are pooled to, a number or `[rows, columns]` for each stage: K = rows * columns
-            centres. With `"recurrent"` the grid never exceeds the feature map.
+            centres. With `"recurrent"` the grid never exceeds the map that is clustered (see `sr_ratios`).
         window_grid (`list[int | list[int]]`, *optional*, defaults to ones):
-            Windows along height and width that the released forms cluster in separately. All ones with `"recurrent"`.
+            Windows along height and width that the released forms cluster in separately, if there are several along
+            both, as in the authors' code. All ones with `"recurrent"`.
         num_iterations (`int`, *optional*, defaults to 3):
             E- and M-steps of each clustering (T in the paper). Changes no parameter.
         spatial_clustering (`bool`, *optional*, defaults to `True`):
@@ -209,6 +210,8 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("drop_path_rate", "hidden_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {name}={getattr(self, name)}.")
+        if self.no_object_weight <= 0:
+            raise ValueError(f"`no_object_weight` must be positive, got {self.no_object_weight}.")
         for name in ("center_grid", "window_grid"):
             for entry in getattr(self, name):
                 if not isinstance(entry, int) and len(entry) != 2 or min(as_pair(entry)) < 1:

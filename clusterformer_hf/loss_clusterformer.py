@@ -184,7 +184,13 @@ def check_detection_labels(labels, batch_size: int, num_labels: int):
         _check_boxes(label["boxes"], i, len(label["class_labels"]))
 
 
+def _check_tensor(value, i: int, name: str):
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{name}` of image {i} must be a tensor, got {type(value).__name__}.")
+
+
 def _check_classes(classes: torch.Tensor, i: int, num_labels: int):
+    _check_tensor(classes, i, "class_labels")
     if classes.ndim != 1 or classes.is_floating_point() or classes.dtype == torch.bool:
         raise ValueError(
             f"`labels[{i}]['class_labels']` must hold integers in one dimension, got {classes.dtype} of shape "
@@ -198,6 +204,7 @@ def _check_classes(classes: torch.Tensor, i: int, num_labels: int):
 
 
 def _check_boxes(boxes: torch.Tensor, i: int, num_classes: int):
+    _check_tensor(boxes, i, "boxes")
     if boxes.shape != (num_classes, 4) or not boxes.is_floating_point():
         raise ValueError(
             f"`labels[{i}]['boxes']` must hold floating point numbers of shape ({num_classes}, 4), one box for each "
@@ -215,7 +222,7 @@ def _check_boxes(boxes: torch.Tensor, i: int, num_classes: int):
     if outside.any() and (boxes[:, 2:] > boxes[:, :2]).all():
         raise ValueError(
             f"`labels[{i}]['boxes']` has {boxes[outside][0].tolist()}, which looks like corners (x_min, y_min, x_max, "
-            f"y_max): {expected}."
+            f"y_max): {expected}. If that is what it is, cut it at the image's border."
         )
 
 
@@ -356,6 +363,8 @@ def masks_of_label_maps(
     Raises:
         `ValueError`: naming the image and the values that are no class.
     """
+    if not isinstance(label_maps, torch.Tensor):
+        raise ValueError(f"`labels` must be a tensor, got {type(label_maps).__name__}.")
     if label_maps.ndim != 3 or label_maps.is_floating_point():
         raise ValueError(
             f"`labels` must be integers of shape (batch_size, height, width), got {label_maps.dtype} of shape "
@@ -413,6 +422,7 @@ def check_mask_labels(mask_labels, class_labels, pixel_values: torch.Tensor, num
     padded = []
     for i, (masks, classes) in enumerate(zip(mask_labels, class_labels)):
         _check_classes(classes, i, num_labels)
+        _check_tensor(masks, i, "masks")
         if masks.ndim != 3 or len(masks) != len(classes):
             raise ValueError(
                 f"The masks of image {i} must have the shape ({len(classes)}, height, width), one for each class, "
@@ -421,6 +431,12 @@ def check_mask_labels(mask_labels, class_labels, pixel_values: torch.Tensor, num
         height, width = masks.shape[-2:]
         if len(masks) > 0 and (height > size[0] or width > size[1]):
             raise ValueError(f"The masks of image {i} are {height} x {width}, larger than its pixels' {size}.")
+        # On an accelerator this would wait for the device at every step.
+        if masks.device.type == "cpu" and masks.numel() > 0 and not (masks.min() >= 0 and masks.max() <= 1):
+            raise ValueError(
+                f"The masks of image {i} must be 1 inside and 0 outside, and hold {masks.min().item()} to "
+                f"{masks.max().item()}."
+            )
         masks = masks if len(masks) > 0 else masks.new_zeros((0, 1, 1))
         padded.append(F.pad(masks, (0, size[1] - masks.shape[2], 0, size[0] - masks.shape[1])))
     return padded

@@ -28,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import capture_outputs, maybe_install_capturing_hooks
 
 from .clustering_clusterformer import (
     MIN_MASS,
@@ -128,7 +128,8 @@ class ClusterFormerObjectDetectionOutput(ModelOutput):
         pred_boxes (`torch.FloatTensor` of shape `(batch_size, K, 4)`):
             Box of each centre as (center_x, center_y, width, height) in [0, 1] of the image's real area. In float32 or
             better whatever the model's dtype: bfloat16 would round a corner by pixels.
-        auxiliary_outputs (`list[dict[str, torch.FloatTensor]]`, *optional*, returned when `labels` is given):
+        auxiliary_outputs (`list[dict[str, torch.FloatTensor]]`, *optional*, returned when `labels` is given and
+            `config.auxiliary_loss` is set):
             `logits` and `pred_boxes` of the encoder's centres and of every decoder layer but the last.
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, K, decoder_hidden_size)`): The final centres.
         hidden_states, cluster_centers, cluster_assignments (*optional*): See [`ClusterFormerModelOutput`]; the latter
@@ -161,8 +162,9 @@ class ClusterFormerUniversalSegmentationOutput(ModelOutput):
         class_queries_logits (`torch.FloatTensor` of shape `(batch_size, K, num_labels + 1)`):
             Scores of each centre before a softmax; the last is "no object".
         masks_queries_logits (`torch.FloatTensor` of shape `(batch_size, K, height / 4, width / 4)`):
-            Mask of each centre before a sigmoid; lowest at padded pixels.
-        auxiliary_logits (`list[dict[str, torch.FloatTensor]]`, *optional*, returned when labels are given):
+            Mask of each centre before a sigmoid; -19 at padded pixels, a score of 6e-9.
+        auxiliary_logits (`list[dict[str, torch.FloatTensor]]`, *optional*, returned when labels are given and
+            `config.auxiliary_loss` is set):
             The two above of the encoder's centres and of every decoder layer but the last.
         loss_dict (`dict[str, torch.FloatTensor]`, *optional*, returned when labels are given):
             The parts of the loss before weighting, see [`segmentation_loss`].
@@ -294,6 +296,11 @@ class ClusterFormerEmbeddings(nn.Module):
             raise ValueError(
                 f"`pixel_values` must have the shape (batch_size, num_channels, height, width) with num_channels="
                 f"{self.num_channels} as in the config, got {tuple(pixel_values.shape)}."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"`pixel_values` must be normalised floating point numbers, got {pixel_values.dtype}: the image "
+                "processor makes them."
             )
         if min(pixel_values.shape[-2:]) < self.patch_size:
             raise ValueError(
@@ -671,6 +678,7 @@ def mean_over_pixels(hidden_states: torch.Tensor, sizes: torch.Tensor | None) ->
     """Mean of (batch, channels, height, width) over the real pixels of each image: (batch, channels)."""
     if sizes is None:
         return hidden_states.mean(dim=(-2, -1))
+    sizes = sizes.to(hidden_states.device)  # the input's, where layers are spread over devices
     mask = pixel_mask_from_sizes(sizes, hidden_states.shape[-2:]).permute(0, 3, 1, 2)
     # In float16 neither the sum nor the number of many pixels can be represented.
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -792,6 +800,8 @@ class ClusterFormerForImageClassification(ClusterFormerPreTrainedModel):
         channels = config.hidden_sizes[-1] if config.classifier_pooling == "centers" else sum(config.hidden_sizes)
         self.classifier = nn.Linear(channels, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
+        if config.classifier_pooling == "stages":
+            maybe_install_capturing_hooks(self.clusterformer.encoder)
 
     @can_return_tuple
     def forward(
@@ -874,6 +884,8 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
             for _ in range(config.decoder_layers + 1)
         )
         self.post_init()
+        # The first call would do it, which may be torch.compile's; so in all models that always read the maps.
+        maybe_install_capturing_hooks(self.clusterformer.encoder)
 
     @can_return_tuple
     @filter_output_hidden_states
@@ -902,7 +914,7 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
         for head, centers, boxes in zip(self.class_heads, decoded.centers, decoded.boxes):
             logits = head(centers)
             if decoded.surplus is not None:
-                logits = logits.masked_fill(decoded.surplus, SURPLUS_LOGIT)
+                logits = logits.masked_fill(decoded.surplus.to(logits.device), SURPLUS_LOGIT)
             predictions.append({"logits": logits, "pred_boxes": boxes})
         *auxiliary_outputs, final = predictions
 
@@ -938,6 +950,7 @@ class ClusterFormerForUniversalSegmentation(ClusterFormerPreTrainedModel):
         self.class_head = nn.Linear(config.decoder_hidden_size, config.num_labels + 1)
         self.mask_head = ClusterFormerMaskHead(config)
         self.post_init()
+        maybe_install_capturing_hooks(self.clusterformer.encoder)
 
     @can_return_tuple
     @filter_output_hidden_states
@@ -1006,6 +1019,7 @@ class ClusterFormerForSemanticSegmentation(ClusterFormerPreTrainedModel):
         self.class_head = nn.Linear(config.decoder_hidden_size, config.num_labels + 1)
         self.mask_head = ClusterFormerMaskHead(config)
         self.post_init()
+        maybe_install_capturing_hooks(self.clusterformer.encoder)
 
     @can_return_tuple
     @filter_output_hidden_states
@@ -1075,8 +1089,9 @@ def read_masks(class_head, mask_head, decoded: DecoderOutput, layer: int) -> dic
     if decoded.surplus is not None:
         no_object = torch.full_like(classes, SURPLUS_LOGIT)
         no_object[..., -1] = -SURPLUS_LOGIT
-        classes = torch.where(decoded.surplus, no_object, classes)
-        masks = masks.masked_fill(~decoded.pixel_mask | decoded.surplus[..., None], SURPLUS_LOGIT)
+        classes = torch.where(decoded.surplus.to(classes.device), no_object, classes)
+        hidden = ~decoded.pixel_mask | decoded.surplus[..., None]
+        masks = masks.masked_fill(hidden.to(masks.device), SURPLUS_LOGIT)
     return {"class_queries_logits": classes, "masks_queries_logits": masks}
 
 

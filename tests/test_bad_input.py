@@ -83,6 +83,11 @@ def test_wrong_shape(model, shape):
         model(torch.zeros(shape))
 
 
+def test_integers_are_no_pixels(model):
+    with pytest.raises(ValueError, match="normalised floating point numbers, got torch.uint8"):
+        model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("size", [(3, 64), (64, 2)])
 def test_smaller_than_a_patch(model, size):
     with pytest.raises(ValueError, match=rf"\({size[0]}, {size[1]}\) are smaller than one patch of 4 x 4"):

@@ -76,6 +76,7 @@ def test_save_and_load(tmp_path):
         ({"depths": "2262"}, "depths"),
         ({"num_iterations": 2.5}, "num_iterations"),
         ({"drop_path_rate": 1}, r"`drop_path_rate` must be in \[0, 1\)"),
+        ({"no_object_weight": 0}, "`no_object_weight` must be positive, got 0"),
     ],
 )
 def test_bad_values_are_named(kwargs, message):

@@ -477,6 +477,8 @@ def test_training_on_one_picture_finds_its_boxes():
         ({"class_labels": torch.tensor([1.0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, "integers"),
         ({"class_labels": torch.tensor([True]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, "integers.*bool"),
         ({"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, r"labels\[0\]` lacks class_labels"),
+        ({"class_labels": [1], "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}, "`class_labels` of image 0.*got list"),
+        ({"class_labels": torch.tensor([1]), "boxes": [[0.5, 0.5, 0.2, 0.2]]}, "`boxes` of image 0.*got list"),
     ],
 )
 def test_wrong_labels_are_named(label, message):
@@ -530,8 +532,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
 def test_compiled_without_a_break():
     model, pixel_values = nano_detector(decoder_layers=1, decoder_num_iterations=1), images(1, 3, 64, 64)
     with torch.no_grad():
-        outputs = model(pixel_values)
         compiled = torch.compile(model, fullgraph=True)(pixel_values)
+        outputs = model(pixel_values)  # after it: a first call must not be needed
     torch.testing.assert_close(compiled.logits, outputs.logits, rtol=0, atol=1e-4)
     torch.testing.assert_close(compiled.pred_boxes, outputs.pred_boxes, rtol=0, atol=1e-4)
 

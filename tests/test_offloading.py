@@ -16,6 +16,7 @@
 import accelerate
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.distributed.fsdp import fully_shard
 
 from clusterformer_hf import (
@@ -44,6 +45,29 @@ MODELS = [
 def build(model_class, fields) -> ClusterFormerPreTrainedModel:
     torch.manual_seed(0)
     return model_class(ClusterFormerConfig(**SIZES | fields)).eval()
+
+
+@pytest.mark.parametrize(
+    "model_class, elsewhere",
+    [
+        (ClusterFormerForImageClassification, ["clusterformer.hidden_states_norms", "classifier"]),
+        (ClusterFormerForObjectDetection, ["class_heads"]),
+        (ClusterFormerForSemanticSegmentation, ["class_head", "mask_head"]),
+        (ClusterFormerForUniversalSegmentation, ["class_head", "mask_head"]),
+    ],
+)
+def test_padded_images_on_several_devices(model_class, elsewhere):
+    """Layers lie on two devices, one of them pretended: what they share of the padding follows."""
+    model = build(model_class, {})
+    for name in elsewhere:
+        for module in model.get_submodule(name).modules():
+            add_hook_to_module(module, AlignDevicesHook(execution_device="meta", io_same_device=False), append=True)
+        model.get_submodule(name).to("meta")
+    mask = torch.ones(2, 64, 64, dtype=torch.bool)
+    mask[1, :, 40:] = False
+    with torch.no_grad():
+        outputs = model(torch.randn(2, 3, 64, 64), pixel_mask=mask)
+    assert outputs.to_tuple()[0].device.type == "meta"
 
 
 @torch.no_grad()

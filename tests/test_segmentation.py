@@ -290,6 +290,7 @@ def test_training_on_one_picture_finds_its_segments():
         (torch.zeros(2, 64, 64), "must be integers"),
         (torch.zeros(2, 1, 64, 64, dtype=torch.int64), r"got torch.int64 of shape \(2, 1, 64, 64\)"),
         (torch.zeros(1, 64, 64, dtype=torch.int64), "each of the 2 images"),
+        (list(torch.zeros(2, 64, 64, dtype=torch.int64)), "must be a tensor, got list"),
     ],
 )
 def test_wrong_label_maps_are_named(labels, message):
@@ -330,6 +331,12 @@ def test_wrong_segments_are_named():
         model(pixel_values, mask_labels=[torch.zeros(1, 64, 64)], class_labels=[torch.tensor([5])])
     with pytest.raises(ValueError, match=r"shape \(2, height, width\)"):
         model(pixel_values, mask_labels=[torch.zeros(1, 64, 64)], class_labels=[torch.tensor([1, 2])])
+    with pytest.raises(ValueError, match="masks of image 0 must be 1 inside.*hold 0 to 255"):
+        masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
+        masks[:, :9] = 255
+        model(pixel_values, mask_labels=[masks], class_labels=[torch.tensor([1])])
+    with pytest.raises(ValueError, match="`masks` of image 0 must be a tensor, got ndarray"):
+        model(pixel_values, mask_labels=[torch.zeros(1, 64, 64).numpy()], class_labels=[torch.tensor([1])])
     with pytest.raises(ValueError, match=r"labels\[0\]` lacks masks"):
         model(pixel_values, labels=[{"class_labels": torch.tensor([1])}])
     with pytest.raises(ValueError, match="list with one dict"):
@@ -381,9 +388,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
 def test_compiled_without_a_break_and_exported():
     model, pixel_values = nano_model(decoder_layers=1, decoder_num_iterations=1), images(1, 3, 64, 64)
     with torch.no_grad():
-        outputs = model(pixel_values)
         # Without code generation, which takes a minute and which the detector's test does for the same decoder.
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pixel_values)
+        outputs = model(pixel_values)  # after it: a first call must not be needed
         exported = torch.export.export(model, (), {"pixel_values": pixel_values}, strict=False).module()
         again = exported(pixel_values=pixel_values)
     for name, tensor in outputs.items():
