@@ -187,7 +187,7 @@ function writeControls() {
     $(name + "-text").textContent = state[name] + " of " + most;
   }
   $("opacity-text").textContent = $("opacity").value + " %";
-  $("help").textContent = `Stage ${state.stage}: ${stage.num_clusters} clusters, a map of ${stage.width} x ${stage.height} pixels.` +
+  $("help").textContent = `Stage ${state.stage}: ${stage.num_clusters} clusters, a map of ${stage.map_size[1]} x ${stage.map_size[0]} pixels.` +
     (stage.step > 1 ? ` One in ${stage.step} is shown along each side.` : "") +
     (data.objects.length ? " Click an object to see the assignment that it was read from." : "");
   [...$("objects").children].forEach((button, number) => button.setAttribute("aria-pressed", number === state.object));

@@ -97,8 +97,12 @@ def cluster_page(
     }
     script = _resource("cluster_page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    title = title.encode("utf-8", "replace").decode()  # the name of a file may have bytes that are no text
     return Template(_resource("cluster_page.html")).substitute(
-        title=html.escape(title), script=script, script_hash=f"sha256-{digest}", data=_script_json(data)
+        title=html.escape(title),
+        script=script,
+        script_hash=f"sha256-{digest}",
+        data=_script_json(data),
     )
 
 
@@ -130,6 +134,7 @@ def _stage_data(stage: StageIterations) -> dict:
         "height": height,
         "width": width,
         "step": step,
+        "map_size": list(stage.assignments.shape[-2:]),
         "num_clusters": assignments.shape[2],
         "clusters": _packed(clusters.numpy(), np.uint16),
         "shares": _packed(shares.numpy(), np.uint8),

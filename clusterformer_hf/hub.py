@@ -224,8 +224,6 @@ def explained_errors(repo_id: str) -> Iterator[None]:
         yield
     except OfflineModeIsEnabled as error:
         raise HubError("Nothing was uploaded: HF_HUB_OFFLINE is set.") from error
-    except ValueError as error:  # from `create_commit`, of the card's metadata
-        raise HubError(f"Nothing was uploaded: the Hub does not take README.md. {error}") from error
     except HfHubHTTPError as error:
         reason = {
             401: "the Hub does not know the token. Make a new one and log in with `hf auth login`.",
@@ -234,6 +232,8 @@ def explained_errors(repo_id: str) -> Iterator[None]:
             404: "there is no such repository or branch, or the token may not see it.",
         }.get(error.response.status_code, str(error))
         raise HubError(f"Nothing was uploaded to {repo_id}: {reason}") from error
+    except ValueError as error:  # from `create_commit`, of the card's metadata; some answers of the Hub are one too
+        raise HubError(f"Nothing was uploaded: the Hub does not take README.md. {error}") from error
     except (HTTPError, OSError, RuntimeError) as error:  # HTTPError: no answer at all
         raise HubError(
             f"The upload to {repo_id} broke off: {error.__cause__ or error}\n"

@@ -15,6 +15,7 @@
 
 import html
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -117,10 +118,11 @@ def known_license(folder: str | Path) -> str | list[str] | None:
 
 
 def _recorded(folder: str | Path, name: str) -> str | list[str] | None:
-    """A field of the README.md's metadata or of the record, in the folder of a run for one of its checkpoints."""
-    folder = Path(folder)
-    folder = folder.resolve().parent if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else folder
+    """A field of the README.md's metadata or of the record; a run's checkpoint without them has those of the run."""
+    folder = Path(folder).resolve()
     card, record = folder / "README.md", folder / RECORD_NAME
+    if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) and not card.exists() and not record.exists():
+        card, record = folder.parent / card.name, folder.parent / record.name
     found = None
     if card.is_file():
         try:

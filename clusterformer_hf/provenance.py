@@ -68,10 +68,11 @@ def public_name(source: str) -> str:
 
 def command() -> str:
     """
-    The command line of this process, without tokens. Of its script it has the last folder and the name, of other
-    absolute paths the name.
+    The command line of this process, without tokens. Of this repository's scripts it has the folder and the name, of
+    others and of absolute paths the name.
     """
-    script = Path(*Path(sys.argv[0]).absolute().parts[-2:])
+    script = Path(sys.argv[0]).absolute()
+    script = Path(*script.parts[-2:]) if script.parent.name in ("scripts", "conversion") else script.name
     words, hides = [], False
     for word in sys.argv[1:]:
         flag = TOKEN_FLAG.fullmatch(word)

@@ -157,7 +157,7 @@ class SegmentFiles:
 
     def close(self):
         """Writes the JSON file."""
-        (self.output_dir / self.name).write_text(json.dumps(self.content(), ensure_ascii=False) + "\n", "utf-8")
+        (self.output_dir / self.name).write_text(json.dumps(self.content()) + "\n", "utf-8")
 
 
 class InstanceFiles(SegmentFiles):

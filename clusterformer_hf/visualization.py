@@ -130,21 +130,23 @@ def draw_stages(images: list[Image.Image], outputs: ModelOutput, side: int = 192
     Args:
         images (`list[PIL.Image.Image]`): The first images of the batch that `outputs` belongs to.
         outputs, head: See [`cluster_map`].
-        side (`int`): Height of a row in pixels.
+        side (`int`): Height of a row in pixels, and a fourth of the largest width of a picture in it.
 
     Returns:
         `PIL.Image.Image` in RGB.
     """
     gap, header = 8, 20
     stages = range(1, len(outputs.cluster_assignments) + 1)
-    sizes = [(max(round(image.width * side / image.height), 1), side) for image in images]
-    width = max(size[0] for size in sizes)
-    panel = Image.new("RGB", ((width + gap) * (len(stages) + 1) + gap, header + len(images) * (side + gap)), "white")
-    draw = ImageDraw.Draw(panel)
+    scales = [min(side / image.height, 4 * side / image.width) for image in images]
+    sizes = [tuple(max(round(length * scale), 1) for length in image.size) for image, scale in zip(images, scales)]
     titles = ["image"]
     for stage in stages:
         _, _, clusters, *size = outputs.cluster_assignments[stage - 1].shape
         titles.append(f"stage {stage}: {clusters} clusters, {size[0]} x {size[1]}")
+    longest = max(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(title) for title in titles)
+    width = max(math.ceil(longest), *(size[0] for size in sizes))
+    panel = Image.new("RGB", ((width + gap) * (len(stages) + 1) + gap, header + len(images) * (side + gap)), "white")
+    draw = ImageDraw.Draw(panel)
     for column, title in enumerate(titles):
         draw.text((gap + column * (width + gap), 4), title, fill="black")
     for row, (image, size) in enumerate(zip(images, sizes)):

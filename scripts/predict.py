@@ -308,6 +308,21 @@ def read_batches(
         yield batch
 
 
+def predict(
+    predictor: Pipeline, batch: list[tuple[Path, Image.Image]], options: dict, problems: dict[str, str]
+) -> list[tuple[tuple[Path, Image.Image], list]]:
+    """Each picture of the batch with its predictions; those that the model does not take go to `problems`."""
+    try:
+        answers = predictor([picture for _, picture in batch], batch_size=len(batch), **options)
+        return list(zip(batch, answers, strict=True))
+    except ValueError as error:
+        if len(batch) > 1:
+            return [found for each in batch for found in predict(predictor, [each], options, problems)]
+        ((path, picture),) = batch
+        problems[str(path)] = f"{picture.width} x {picture.height} pixels: {error}"
+        return []
+
+
 def output_names(paths: list[Path], output_dir: Path) -> dict[Path, str]:
     """For each file a name that no other file and no file to read has in the output folder, in upper or lower case."""
     taken = {str(path.resolve()).casefold() for path in paths}
@@ -358,9 +373,7 @@ def main(args: list[str] | None = None):
 
     results = {}
     for batch in read_batches(paths, args.batch_size, task.one_size, problems):
-        pictures = [picture for _, picture in batch]
-        answers = predictor(pictures, batch_size=len(pictures), **options)
-        for (path, picture), predictions in zip(batch, answers, strict=True):
+        for (path, picture), predictions in predict(predictor, batch, options, problems):
             drawn, panel_file, page_file, *_ = output_files(args.output_dir, names[path])
             task.draw(predictor, picture, predictions).save(drawn)
             if args.clusters:
@@ -378,11 +391,11 @@ def main(args: list[str] | None = None):
     entries = [results.get(path) or {"file": str(path), "error": problems[str(path)]} for path in paths]
     known = {entry["file"] for entry in entries}
     entries += [{"file": text, "error": problem} for text, problem in problems.items() if text not in known]
-    (args.output_dir / "predictions.json").write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (args.output_dir / "predictions.json").write_text(json.dumps(entries, indent=2) + "\n", "utf-8")
     print(f"\npredictions.json and {len(results)} pictures are in {args.output_dir}.")
     if problems:
         lines = "\n".join(f"  {name}: {problem}" for name, problem in problems.items())
-        raise SystemExit(f"{len(problems)} of {len(entries)} could not be read:\n{lines}")
+        raise SystemExit(f"{len(problems)} of {len(entries)} have no predictions:\n{lines}")
 
 
 if __name__ == "__main__":

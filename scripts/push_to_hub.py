@@ -22,6 +22,7 @@ The repository is written to `outputs/hub/USER/NAME`, anew each time, and `--dry
 and the rest is from its `training_record.json`; the training scripts write both.
 """
 
+import shlex
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -138,7 +139,9 @@ def export(args: Arguments) -> Path:
             example=example,
             license=license,
         )
-        if folder.exists():
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
             shutil.rmtree(folder)
         written.rename(folder)
     return folder
@@ -158,9 +161,11 @@ def main(args: list[str] | None = None):
         folder = export(args)
         print_contents(folder, args)
         if args.dry_run:
+            command = ["hf", "upload", args.repo_id, str(folder), *["--private"] * args.private]
+            command += ["--revision", args.revision] if args.revision is not None else []
             print(
                 "Nothing was uploaded. The command without --dry-run writes the folder anew; to change it by hand and "
-                f"upload it as it is: hf upload {args.repo_id} {folder}"
+                f"upload it as it is: {shlex.join(command)}"
             )
         else:
             commit = publish(folder, args.repo_id, private=args.private, revision=args.revision)

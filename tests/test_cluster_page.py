@@ -181,7 +181,7 @@ def test_large_pictures_make_no_large_pages():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (800, 1200, 3), np.uint8))
     large = cluster_page(noise, [StageIterations(weights, torch.rand(4, 2, 100, 2))])
     (stage,) = json.loads(Elements(large).scripts["data"])["stages"]
-    assert stage["step"] == 3 and (stage["height"], stage["width"]) == (67, 100)
+    assert stage["step"] == 3 and (stage["height"], stage["width"]) == (67, 100) and stage["map_size"] == [200, 300]
     clusters = unpack(stage["clusters"], "<u2", 4, 2, 3, 67, 100)
     np.testing.assert_array_equal(clusters[:, :, 0], weights[..., ::3, ::3].argmax(dim=2))
     assert len(large) < 2**20

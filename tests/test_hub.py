@@ -22,11 +22,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import BadRequestError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -46,7 +48,7 @@ from clusterformer_hf import (
     ClusterFormerForUniversalSegmentation,
     ClusterFormerModel,
 )
-from clusterformer_hf.hub import draw_example, export_repository
+from clusterformer_hf.hub import HubError, draw_example, explained_errors, export_repository
 from clusterformer_hf.loading import ModelArguments
 from clusterformer_hf.model_card import TrainingRecord, known_license, render_model_card
 from clusterformer_hf.provenance import ForeignResultsError, command, fingerprint, provenance
@@ -617,6 +619,17 @@ def test_wrong_model_folders(tmp_path, runs, monkeypatch):
     assert [path.name for path in repository.parent.iterdir()] == ["it"]
 
 
+def test_dry_run_of_a_private_branch(tmp_path, runs, monkeypatch, capsys):
+    """The command that it names makes no public repository; a link in the folder's place is replaced."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    Path("outputs/hub/me").mkdir(parents=True)
+    Path("outputs/hub/me/it").symlink_to(tmp_path / "elsewhere")
+    main([f"--model={runs['classifier']}", "--repo-id=me/it", "--dry-run", "--private", "--revision=try"])
+    assert "hf upload me/it outputs/hub/me/it --private --revision try\n" in capsys.readouterr().out
+    assert not Path("outputs/hub/me/it").is_symlink() and not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_license_is_that_of_the_training(tmp_path, runs, monkeypatch, capsys):
     """Where nothing tells it, it is not guessed."""
     monkeypatch.chdir(tmp_path)
@@ -659,9 +672,22 @@ def test_license_is_that_of_the_checkpoint(tmp_path, runs):
     assert train(base, "unreadable").data.license is None
     (base / "README.md").write_text("---\nlicense: cc-by-nc-4.0\nbase_model: someone/base\n---\n")
     train(base, "once")
-    card = train(shutil.copytree(start, tmp_path / "once" / "checkpoint-5"), "twice")
+    without_record = shutil.ignore_patterns("training_record.json")
+    card = train(shutil.copytree(start, tmp_path / "once" / "checkpoint-5", ignore=without_record), "twice")
     assert card.data.license == "cc-by-nc-4.0" and card.data.base_model == "someone/base"
     assert known_license(tmp_path / "twice") == "cc-by-nc-4.0"
+
+    # A folder of its own is asked first, whatever its name; only a run's checkpoint without a card has the run's.
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    for name, license in (
+        ("checkpoint-7", "cc-by-nc-4.0"),
+        ("checkpoint_best", "cc-by-nc-4.0"),
+        ("checkpoint-8", None),
+    ):
+        (base / name).mkdir()
+        if license is not None:
+            (base / name / "README.md").write_text(f"---\nlicense: {license}\n---\n")
+        assert known_license(base / name) == (license or "mit")
 
     # From Python: that of the record, and none without one.
     model, processor = build("classifier"), ViTImageProcessor()
@@ -757,3 +783,13 @@ def test_tokens_and_folders_are_left_out_of_commands(monkeypatch):
     assert command() == " ".join(["python scripts/run.py", *words.values()])
     monkeypatch.setattr(sys, "argv", ["scripts/run.py", "--hub_token=one\ntwo", "--lr=1e-3"])
     assert command().endswith("scripts/run.py --hub_token=... --lr=1e-3")
+    monkeypatch.setattr(sys, "argv", ["/home/alice/run.py"])
+    assert command() == "python run.py"
+
+
+def test_answers_of_the_hub_are_not_blamed_on_the_card():
+    """Some are a `ValueError` too, as what huggingface_hub says of a card's metadata."""
+    response = Mock(status_code=400, headers={})
+    with pytest.raises(HubError, match="Nothing was uploaded to me/it: the name is reserved"):
+        with explained_errors("me/it"):
+            raise BadRequestError("the name is reserved", response=response)

@@ -218,7 +218,7 @@ def test_detector_as_a_command(detector, pictures, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
-    assert "2 of 5 could not be read" in done.stderr and "notes.txt" in done.stderr
+    assert "2 of 5 have no predictions" in done.stderr and "notes.txt" in done.stderr
     assert "broken.png: not a picture" in done.stderr and "missing.png: no such file" in done.stderr
     assert "is not supported" not in done.stderr  # the pipeline's false alarm
 
@@ -268,6 +268,20 @@ def test_batches_of_mixed_sizes_change_nothing(detector, pictures, tmp_path):
         assert one["file"] == other["file"]
         expected = [{**row, "box": [*row["box"].values()]} for row in one["predictions"]]
         assert_same_detections(other["predictions"], expected)
+
+
+def test_pictures_that_the_model_does_not_take(detector, pictures, tmp_path):
+    """A line of pixels, which has no height in the model's size, is named; file names may be no text."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for name in ("a", "z"):
+        shutil.copy(pictures / "one" / "cat.png", folder / f"{name}.png")
+    Image.new("RGB", (1500, 1)).save(folder / "line.png")
+    with pytest.raises(SystemExit, match="1 of 3 have no predictions:\n.*line.png: 1500 x 1 pixels: "):
+        main([str(folder), f"--model={detector}", f"--output_dir={tmp_path / 'out'}", "--batch_size=3", "--clusters"])
+    results = entries(tmp_path / "out")
+    assert [Path(result["file"]) for result in results] == [folder / name for name in ("a.png", "line.png", "z.png")]
+    assert [result.get("picture") for result in results] == ["a.png", None, "z.png"]
 
 
 def test_nothing_found(detector, pictures, tmp_path, capsys):
@@ -360,7 +374,7 @@ def test_inputs_are_never_written_over(classifier, pictures):
 def test_nothing_can_be_read(classifier, pictures, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     broken = str(pictures / "two" / "broken.png")
-    with pytest.raises(SystemExit, match="2 of 2 could not be read") as error:
+    with pytest.raises(SystemExit, match="2 of 2 have no predictions") as error:
         main([broken, str(tmp_path / "empty"), f"--model={classifier}", f"--output_dir={tmp_path / 'out'}"])
     assert f"{broken}: not a picture" in str(error.value) and "empty: no pictures in this folder" in str(error.value)
     assert [(Path(row["file"]).name, "error" in row) for row in entries(tmp_path / "out")] == [

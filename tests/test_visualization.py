@@ -13,12 +13,13 @@
 # limitations under the License.
 """Pictures of clusters, of boxes and of the pixels that a box was read from."""
 
+import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import DeformableDetrImageProcessor
 from transformers.utils import ModelOutput
 
@@ -32,6 +33,7 @@ from clusterformer_hf.visualization import (
     draw_center_paths,
     draw_clusters,
     draw_heat,
+    draw_stages,
     palette,
     segment_queries,
     spread_over,
@@ -312,6 +314,15 @@ def test_cluster_map_and_its_picture():
         cluster_map(outputs, stage=2)
     with pytest.raises(ValueError, match=r"`head` must be in \[0, 2\) for stage 1, got 2"):
         cluster_map(outputs, stage=1, head=2)
+
+
+def test_panels_of_stages_fit_their_titles_and_flat_pictures():
+    """Columns are as wide as their titles at least, and pictures at most four times as wide as a row is high."""
+    outputs = ModelOutput(cluster_assignments=(torch.ones(2, 1, 16, 160, 90) / 16,) * 2)
+    longest = ImageDraw.Draw(grey(1, 1)).textlength("stage 1: 16 clusters, 160 x 90")
+    for sizes, width in ((((9, 160), (20, 160)), longest), (((4000, 10), (10, 10)), 4 * 100)):
+        panel = draw_stages([grey(*size) for size in sizes], outputs, side=100)
+        assert panel.size == (3 * (math.ceil(width) + 8) + 8, 20 + 2 * (100 + 8))
 
 
 def test_paths_of_centres():
