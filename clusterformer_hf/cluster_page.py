@@ -99,10 +99,7 @@ def cluster_page(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     title = title.encode("utf-8", "replace").decode()  # the name of a file may have bytes that are no text
     return Template(_resource("cluster_page.html")).substitute(
-        title=html.escape(title),
-        script=script,
-        script_hash=f"sha256-{digest}",
-        data=_script_json(data),
+        title=html.escape(title), script=script, script_hash=f"sha256-{digest}", data=_script_json(data)
     )
 
 

@@ -432,11 +432,12 @@ def check_mask_labels(mask_labels, class_labels, pixel_values: torch.Tensor, num
         if len(masks) > 0 and (height > size[0] or width > size[1]):
             raise ValueError(f"The masks of image {i} are {height} x {width}, larger than its pixels' {size}.")
         # On an accelerator this would wait for the device at every step.
-        if masks.device.type == "cpu" and masks.numel() > 0 and not (masks.min() >= 0 and masks.max() <= 1):
-            raise ValueError(
-                f"The masks of image {i} must be 1 inside and 0 outside, and hold {masks.min().item()} to "
-                f"{masks.max().item()}."
-            )
+        if masks.device.type == "cpu" and masks.dtype != torch.bool and masks.numel() > 0:
+            lowest, highest = (bound.item() for bound in masks.aminmax())
+            if not (lowest >= 0 and highest <= 1):
+                raise ValueError(
+                    f"The masks of image {i} must be 1 inside and 0 outside, and hold {lowest} to {highest}."
+                )
         masks = masks if len(masks) > 0 else masks.new_zeros((0, 1, 1))
         padded.append(F.pad(masks, (0, size[1] - masks.shape[2], 0, size[0] - masks.shape[1])))
     return padded

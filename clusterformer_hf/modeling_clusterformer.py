@@ -800,6 +800,7 @@ class ClusterFormerForImageClassification(ClusterFormerPreTrainedModel):
         channels = config.hidden_sizes[-1] if config.classifier_pooling == "centers" else sum(config.hidden_sizes)
         self.classifier = nn.Linear(channels, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
+        # In all models that always read the maps: else the first call does it, which torch.compile cannot trace.
         if config.classifier_pooling == "stages":
             maybe_install_capturing_hooks(self.clusterformer.encoder)
 
@@ -884,7 +885,6 @@ class ClusterFormerForObjectDetection(ClusterFormerPreTrainedModel):
             for _ in range(config.decoder_layers + 1)
         )
         self.post_init()
-        # The first call would do it, which may be torch.compile's; so in all models that always read the maps.
         maybe_install_capturing_hooks(self.clusterformer.encoder)
 
     @can_return_tuple

@@ -138,23 +138,28 @@ def draw_stages(images: list[Image.Image], outputs: ModelOutput, side: int = 192
     gap, header = 8, 20
     stages = range(1, len(outputs.cluster_assignments) + 1)
     scales = [min(side / image.height, 4 * side / image.width) for image in images]
-    sizes = [tuple(max(round(length * scale), 1) for length in image.size) for image, scale in zip(images, scales)]
+    sizes = [_scaled_size(image, scale) for image, scale in zip(images, scales)]
     titles = ["image"]
     for stage in stages:
         _, _, clusters, *size = outputs.cluster_assignments[stage - 1].shape
         titles.append(f"stage {stage}: {clusters} clusters, {size[0]} x {size[1]}")
-    longest = max(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(title) for title in titles)
-    width = max(math.ceil(longest), *(size[0] for size in sizes))
+    font = ImageFont.load_default()
+    width = max(*(math.ceil(font.getlength(title)) for title in titles), *(size[0] for size in sizes))
     panel = Image.new("RGB", ((width + gap) * (len(stages) + 1) + gap, header + len(images) * (side + gap)), "white")
     draw = ImageDraw.Draw(panel)
     for column, title in enumerate(titles):
-        draw.text((gap + column * (width + gap), 4), title, fill="black")
+        draw.text((gap + column * (width + gap), 4), title, fill="black", font=font)
     for row, (image, size) in enumerate(zip(images, sizes)):
         image = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
         pictures = [image] + [draw_clusters(image, outputs, stage, head, index=row) for stage in stages]
         for column, picture in enumerate(pictures):
             panel.paste(picture, (gap + column * (width + gap), header + row * (side + gap)))
     return panel
+
+
+def _scaled_size(image: Image.Image, scale: float) -> tuple[int, int]:
+    width, height = (max(round(length * scale), 1) for length in image.size)
+    return width, height
 
 
 def detection_queries(outputs: ModelOutput, threshold: float = 0.5, top_k: int = 100) -> list[torch.Tensor]:
@@ -366,7 +371,7 @@ def draw_box_assignments(
     if len(queries) != len(detections["scores"]):
         raise ValueError(f"There are {len(detections['scores'])} detections, but `queries` has {len(queries)}.")
     scale = side / max(image.size)
-    tile = image.convert("RGB").resize([max(1, round(length * scale)) for length in image.size])
+    tile = image.convert("RGB").resize(_scaled_size(image, scale))
     detections = {**detections, "boxes": detections["boxes"] * scale}
     tiles = [draw_boxes(tile, detections, id2label)]
     for i, query in enumerate(queries.tolist()):

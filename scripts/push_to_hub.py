@@ -161,11 +161,11 @@ def main(args: list[str] | None = None):
         folder = export(args)
         print_contents(folder, args)
         if args.dry_run:
-            command = ["hf", "upload", args.repo_id, str(folder), *["--private"] * args.private]
-            command += ["--revision", args.revision] if args.revision is not None else []
+            flags = ["--private"] if args.private else []
+            flags += ["--revision", args.revision] if args.revision is not None else []
             print(
                 "Nothing was uploaded. The command without --dry-run writes the folder anew; to change it by hand and "
-                f"upload it as it is: {shlex.join(command)}"
+                f"upload it as it is: {shlex.join(['hf', 'upload', args.repo_id, str(folder), *flags])}"
             )
         else:
             commit = publish(folder, args.repo_id, private=args.private, revision=args.revision)

@@ -55,9 +55,14 @@ class AugmentationArguments:
         ranges = dict.fromkeys(("crop_scale", "horizontal_flip", "random_erasing"), (0, 1))
         ranges |= {"affine": (0, 180), "randaugment_magnitude": (0, 30), "randaugment_num_ops": (1, 16)}
         ranges |= {"mixup_alpha": (0, float("inf")), "cutmix_alpha": (0, float("inf"))}
-        for name, (low, high) in ranges.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{name} must be in [{low}, {high}], got {getattr(self, name)}.")
+        check_ranges(self, ranges)
+
+
+def check_ranges(args, ranges: dict[str, tuple[float, float]]):
+    """Raises `ValueError`, naming the flag, for a field of `args` that is not in its range, bounds included."""
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name} must be in [{low}, {high}], got {getattr(args, name)}.")
 
 
 def check_random_view(args, probabilities: tuple[str, ...]):
@@ -65,9 +70,7 @@ def check_random_view(args, probabilities: tuple[str, ...]):
     Raises `ValueError`, naming the flag, unless these fields of `args` are in [0, 1], `min_scale` and `max_scale` are
     positive and in this order, and `crop_size` is `None` or positive.
     """
-    for name in probabilities:
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name} must be in [0, 1], got {getattr(args, name)}.")
+    check_ranges(args, dict.fromkeys(probabilities, (0, 1)))
     if not 0 < args.min_scale <= args.max_scale:
         raise ValueError(
             f"--min_scale and --max_scale must be positive and in this order, got {args.min_scale} and "
