@@ -469,6 +469,8 @@ class Launch:
     def __init__(self, keys, values, centers, pixels, pixel_weights):
         if keys.stride(-1) != 1 or values.stride(-1) != 1 or not centers.is_contiguous():
             raise ValueError("Channels of `keys` and `values`, and `centers`, must be contiguous.")
+        if pixel_weights is not None and pixel_weights.stride(-1) != 1:
+            raise ValueError("`pixel_weights` of one head must be contiguous.")
         batch_size, num_pixels, self.num_heads, self.channels = keys.shape
         self.num_centers, self.rows = centers.shape[2], batch_size * self.num_heads
         block_pixels = BLOCK_PIXELS[keys.dtype]
@@ -555,7 +557,8 @@ def cluster(
         pixels (`torch.Tensor` of shape `(1 or batch, 4, N)`):
             Row and column of each pixel, and its own variance along both, which is part of a cluster's. This and what
             follows in float32, and contiguous, as are the parameters above.
-        pixel_weights (`torch.Tensor` of shape `(batch, 1 or heads, N)`, *optional*): How much a pixel counts.
+        pixel_weights (`torch.Tensor` of shape `(batch, 1 or heads, N)`, *optional*):
+            How much a pixel counts; only the last dimension need be contiguous.
         center_bias (`torch.Tensor` of shape `(batch, K)`, *optional*): 0 at centres, -inf at surplus ones.
         num_iterations (`int`): T.
 

@@ -92,7 +92,7 @@ def clusterformer(size: int) -> PreTrainedModel:
         num_iterations=1,
         initializer_range=0.06,
         decoder_hidden_size=DIM,
-        decoder_layers=2,
+        decoder_layers=3,
         decoder_attention_heads=HEADS,
         decoder_ffn_dim=4 * DIM,
         decoder_num_iterations=1,

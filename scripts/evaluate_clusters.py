@@ -111,7 +111,7 @@ class StageReader:
             stage.layers[-1].norm1.register_forward_hook(partial(self._keep_output, name))
         if hasattr(model, "decoder"):
             self.stages.append("decoder")
-            model.decoder.layers[-1].clustering.register_forward_pre_hook(self._keep_pixels)
+            model.decoder.pixel_projections.register_forward_pre_hook(self._keep_pixels)
         if isinstance(model, ClusterFormerForObjectDetection):
             self.stages.append("boxes")
         if isinstance(model, ClusterFormerForUniversalSegmentation):
@@ -125,7 +125,7 @@ class StageReader:
 
     def _keep_pixels(self, module, args):
         """The pixels of all levels (1, N, channels), of which the finest level's come first."""
-        _, _, _, features, _, geometry, *_ = args
+        features, _, geometry = args
         (height, width), *_ = geometry.map_sizes
         self.features["decoder"] = features[0, : height * width].unflatten(0, (height, width))
 
@@ -136,9 +136,9 @@ class StageReader:
     @torch.no_grad()
     def __call__(self, picture) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
         """
-        Returns for each stage the labels of its map (heads, height, width), int64; what its last block, or the
-        decoder's last layer, clusters, or masks are read from (height, width, channels), of `boxes` those of the
-        decoder; and its number of clusters, K.
+        Returns for each stage the labels of its map (heads, height, width), int64; what its last block or the
+        decoder clusters, or masks are read from (height, width, channels), of `boxes` those of the decoder; and its
+        number of clusters, K.
         """
         inputs = self.image_processor(images=picture, return_tensors="pt")
         inputs = {name: inputs[name] for name in ("pixel_values", "pixel_mask") if name in inputs}

@@ -105,10 +105,10 @@ def test_documented_shapes_and_switches():
 
 
 def test_assignments_of_a_pixel_sum_to_its_weight():
-    """To what the layer's own linear map says, and to nothing at padded pixels."""
+    """To what the linear map of each layer's weights says, and to nothing at padded pixels."""
     model, logits = nano_detector(), []
-    for layer in model.decoder.layers:
-        layer.clustering.pixel_weight.register_forward_hook(lambda module, args, output: logits.append(output))
+    weight = model.decoder.pixel_projections.weight
+    weight.register_forward_hook(lambda module, args, output: logits.extend(output.split(4, dim=-1)))
     pixel_mask = torch.ones(2, 96, 128)
     pixel_mask[1, 64:], pixel_mask[1, :, 96:] = 0, 0
     with torch.no_grad():
@@ -404,14 +404,16 @@ def test_the_box_loss_shapes_the_clusters():
     model = nano_detector().train()
     outputs = model(images(1, 3, 64, 64), labels=targets(3))
     (outputs.loss_dict["loss_bbox"] + outputs.loss_dict["loss_giou"]).backward()
-    clustering = model.decoder.layers[-1].clustering
+    clustering, pixels = model.decoder.layers[-1].clustering, model.decoder.pixel_projections
     for parameter in (
         clustering.query.weight,
-        clustering.key.weight,
+        pixels.key.weight,
         clustering.logit_scale,
         clustering.spatial_weight,
     ):
         assert parameter.grad.abs().max() > 0
+    of_last_layer = pixels.weight.weight.grad[-model.config.decoder_attention_heads :]
+    assert of_last_layer.abs().max() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -430,8 +432,7 @@ def test_autocast_is_finite_and_close(dtype):
 @pytest.mark.parametrize("weight", [-12, -18])
 def test_gradients_of_light_pixels_are_finite_in_float16(weight):
     model = nano_detector().train()
-    for layer in model.decoder.layers:
-        torch.nn.init.constant_(layer.clustering.pixel_weight.bias, weight)
+    torch.nn.init.constant_(model.decoder.pixel_projections.weight.bias, weight)
     with torch.autocast("cpu", torch.float16):
         loss = model(images(1, 3, 64, 64), labels=targets(2)).loss
     (64 * loss).backward()

@@ -29,7 +29,7 @@ from clusterformer_hf import (
 )
 from clusterformer_hf.cluster_iterations import trace_clusters
 from clusterformer_hf.clustering_clusterformer import ClusterFormerRecurrentClustering, stage_geometry
-from clusterformer_hf.kernels_clusterformer import can_cluster, cluster
+from clusterformer_hf.kernels_clusterformer import Launch, can_cluster, cluster
 from tests.nano import BACKBONE, CLASSIFIER, DECODER
 
 
@@ -106,10 +106,10 @@ def test_kernels_of_a_detector_are_the_plain_path(iterations, weight, use_kernel
     Encoder and decoder of padded pictures, with weights of pixels and parts of clusters. The last iteration of a
     decoder layer is none of the kernels'.
     """
-    config = ClusterFormerConfig(**BACKBONE | DECODER | {"decoder_num_iterations": iterations}, num_labels=3)
+    changes = {"decoder_layers": 2, "decoder_num_iterations": iterations}
+    config = ClusterFormerConfig(**BACKBONE | DECODER | changes, num_labels=3)
     model = ClusterFormerForObjectDetection(config).to(DEVICE).eval()
-    for layer in model.decoder.layers:
-        torch.nn.init.constant_(layer.clustering.pixel_weight.bias, weight)
+    torch.nn.init.constant_(model.decoder.pixel_projections.weight.bias, weight)
     pixel_values = torch.randn(2, 3, 40, 48, device=DEVICE)
     pixel_mask = torch.ones(2, 40, 48, dtype=torch.long, device=DEVICE)
     pixel_mask[1, 32:], pixel_mask[1, :, 40:] = 0, 0
@@ -259,3 +259,12 @@ def test_training_follows_inference_on_the_same_size():
     logits = model(pixel_values).logits
     logits.sum().backward()
     assert torch.equal(logits, expected)
+
+
+def test_weights_that_kernels_would_misread_are_refused():
+    keys, values = torch.randn(2, 1, 6, 2, 16, device=DEVICE).unbind()
+    centers, pixels = torch.randn(1, 2, 4, 16, device=DEVICE), torch.rand(1, 4, 6, device=DEVICE)
+    weights = torch.rand(1, 2, 12, device=DEVICE)
+    Launch(keys, values, centers, pixels, weights[..., :6])
+    with pytest.raises(ValueError, match="`pixel_weights` of one head must be contiguous"):
+        Launch(keys, values, centers, pixels, weights[..., ::2])

@@ -17,7 +17,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from clusterformer_hf import (
     ClusterFormerConfig,
@@ -90,17 +90,19 @@ def test_offloaded_weights(model_class, fields, tmp_path):
             assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model_class", dict(MODELS))
-def test_sharded_blocks(model_class, tmp_path):
+def test_sharded_blocks(model_class, dtype, tmp_path):
     """A block has its weights only while it is called, and its centres and assignments are made then."""
-    expected = run(build(model_class, {}))
+    expected, policy = run(build(model_class, {})), MixedPrecisionPolicy(param_dtype=dtype)
+    tolerance = {} if dtype is None else {"rtol": 0, "atol": 0.1, "check_dtype": False}
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         model = build(model_class, {})
         for module in reversed(list(model.modules())):
             if type(module).__name__ in ("ClusterFormerLayer", "ClusterFormerDecoderLayer"):
-                fully_shard(module)
-        for found, wanted in zip(run(fully_shard(model)), expected, strict=True):
-            torch.testing.assert_close(found, wanted)
+                fully_shard(module, mp_policy=policy)
+        for found, wanted in zip(run(fully_shard(model, mp_policy=policy)), expected, strict=True):
+            torch.testing.assert_close(found, wanted, **tolerance)
     finally:
         torch.distributed.destroy_process_group()
