@@ -206,7 +206,7 @@ class ClusterFormerPixelProjections(nn.Module):
         dim, self.num_heads = config.decoder_hidden_size, config.decoder_attention_heads
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
-        self.weight = nn.Linear(dim, config.decoder_layers * self.num_heads)
+        self.pixel_weight = nn.Linear(dim, config.decoder_layers * self.num_heads)
 
     def forward(
         self, features, embeddings, geometry: PyramidGeometry
@@ -223,7 +223,7 @@ class ClusterFormerPixelProjections(nn.Module):
         """
         placed = features + embeddings
         keys, values = (split_heads(pixels, self.num_heads) for pixels in (self.key(placed), self.value(features)))
-        weights = self.weight(placed)
+        weights = self.pixel_weight(placed)
         with maybe_autocast(keys.device.type, enabled=False):
             dtype = torch.promote_types(keys.dtype, torch.float32)
             keys = unit_vectors(keys.to(dtype)).to(keys.dtype)

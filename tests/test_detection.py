@@ -107,7 +107,7 @@ def test_documented_shapes_and_switches():
 def test_assignments_of_a_pixel_sum_to_its_weight():
     """To what the linear map of each layer's weights says, and to nothing at padded pixels."""
     model, logits = nano_detector(), []
-    weight = model.decoder.pixel_projections.weight
+    weight = model.decoder.pixel_projections.pixel_weight
     weight.register_forward_hook(lambda module, args, output: logits.extend(output.split(4, dim=-1)))
     pixel_mask = torch.ones(2, 96, 128)
     pixel_mask[1, 64:], pixel_mask[1, :, 96:] = 0, 0
@@ -412,7 +412,7 @@ def test_the_box_loss_shapes_the_clusters():
         clustering.spatial_weight,
     ):
         assert parameter.grad.abs().max() > 0
-    of_last_layer = pixels.weight.weight.grad[-model.config.decoder_attention_heads :]
+    of_last_layer = pixels.pixel_weight.weight.grad[-model.config.decoder_attention_heads :]
     assert of_last_layer.abs().max() > 0
 
 
@@ -432,7 +432,7 @@ def test_autocast_is_finite_and_close(dtype):
 @pytest.mark.parametrize("weight", [-12, -18])
 def test_gradients_of_light_pixels_are_finite_in_float16(weight):
     model = nano_detector().train()
-    torch.nn.init.constant_(model.decoder.pixel_projections.weight.bias, weight)
+    torch.nn.init.constant_(model.decoder.pixel_projections.pixel_weight.bias, weight)
     with torch.autocast("cpu", torch.float16):
         loss = model(images(1, 3, 64, 64), labels=targets(2)).loss
     (64 * loss).backward()

@@ -109,7 +109,7 @@ def test_kernels_of_a_detector_are_the_plain_path(iterations, weight, use_kernel
     changes = {"decoder_layers": 2, "decoder_num_iterations": iterations}
     config = ClusterFormerConfig(**BACKBONE | DECODER | changes, num_labels=3)
     model = ClusterFormerForObjectDetection(config).to(DEVICE).eval()
-    torch.nn.init.constant_(model.decoder.pixel_projections.weight.bias, weight)
+    torch.nn.init.constant_(model.decoder.pixel_projections.pixel_weight.bias, weight)
     pixel_values = torch.randn(2, 3, 40, 48, device=DEVICE)
     pixel_mask = torch.ones(2, 40, 48, dtype=torch.long, device=DEVICE)
     pixel_mask[1, 32:], pixel_mask[1, :, 40:] = 0, 0

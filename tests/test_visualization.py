@@ -59,7 +59,7 @@ def detect(pixel_values, pixel_mask=None, dtype=torch.float64):
     """Outputs of a new detector with clusters; its boxes are the moments, since the refinement starts at zero."""
     torch.manual_seed(0)
     model = ClusterFormerForObjectDetection(ClusterFormerConfig(**NANO)).eval().to(dtype)
-    torch.nn.init.normal_(model.decoder.pixel_projections.weight.weight)  # some pixels count, others do not
+    torch.nn.init.normal_(model.decoder.pixel_projections.pixel_weight.weight)  # some pixels count, others do not
     with torch.no_grad():
         return model(pixel_values.to(dtype), pixel_mask, output_cluster_assignments=True)
 
