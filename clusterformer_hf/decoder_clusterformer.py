@@ -144,10 +144,15 @@ class PyramidGeometry:
     def __init__(self, levels: list[StageGeometry]):
         self.map_sizes = [level.map_size for level in levels]
         self.positions = [level.positions(sampled=False) for level in levels]
-        # A pixel's own variance, a twelfth of its squared side, is part of a cluster's, as in the encoder.
         extents = [1 / level.sizes.to(level.dtype) for level in levels]
-        self.variances = [extent.square() / 12 for extent in extents]
         self.pixels = torch.cat([pixels_of_map(*level) for level in zip(self.positions, extents)], dim=-1)
+        # Of the rows and of the columns of all levels, (1 or batch, 1, length, 1) each.
+        self.lines, self.line_variances = [], []
+        for axis, positions in enumerate(zip(*self.positions)):
+            sides = [extent[:, axis, None].expand_as(level) for extent, level in zip(extents, positions)]
+            self.lines.append(torch.cat(positions, dim=1)[:, None, :, None])
+            # A pixel's own variance, a twelfth of its squared side, is part of a cluster's, as in the encoder.
+            self.line_variances.append(torch.cat(sides, dim=1)[:, None, :, None].square() / 12)
         masks = [level.mask.flatten(1, 2)[:, None] for level in levels if level.mask is not None]
         self.mask = torch.cat(masks, dim=2) if masks else None  # (batch, 1, N, 1)
 
@@ -158,6 +163,10 @@ class PyramidGeometry:
     def split(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """The pixels of each level: (batch, heads, N, d) of all -> (batch, heads, height * width, d) each."""
         return list(pixels.split([height * width for height, width in self.map_sizes], dim=2))
+
+    def split_lines(self, lines: torch.Tensor, axis: int) -> list[torch.Tensor]:
+        """The rows (axis 0) or columns of each level: (batch, heads, length, K) of all -> the same of each level."""
+        return list(lines.split([size[axis] for size in self.map_sizes], dim=2))
 
 
 class ClusterFormerPyramidEmbeddings(nn.Module):
@@ -306,9 +315,10 @@ class ClusterFormerPyramidClustering(nn.Module):
             before = mean.to(dtype), variance.to(dtype)
             clusters = own_centers.to(dtype), *self.parts(*before, offset.to(dtype))
             weights = weights.to(dtype)  # sharding in 16 bits casts what a layer is given
-            (means, *moments), mass, marginals, assignments = self.iterate(
+            (means, *moments), marginals, assignments = self.iterate(
                 keys, values, weights, clusters, geometry, center_mask, output_assignments
             )
+            mass = mass_of(marginals)[..., None]
             share = mass / mass.sum(dim=1, keepdim=True)
             whole = mixture_moments(share, *moments)
             relative = relative_features(share, moments, whole, before, marginals, geometry).to(centers.dtype)
@@ -317,10 +327,10 @@ class ClusterFormerPyramidClustering(nn.Module):
 
     def iterate(
         self, keys, values, weights, clusters, geometry, center_mask, output_assignments: bool
-    ) -> tuple[list[torch.Tensor], torch.Tensor, list[tuple[torch.Tensor, ...]], list[torch.Tensor] | None]:
+    ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor], list[torch.Tensor] | None]:
         """
-        The T E- and M-steps; the last one's centres, means and variances, its masses as of [`maximization`], its
-        marginals as for [`edges`], and its assignments.
+        The T E- and M-steps; the last one's centres, means and variances, its marginals as for [`maximization`], and
+        its assignments.
         """
         num_iterations, assignments = self.num_iterations, None
         if takes_kernels(keys.transpose(1, 2), clusters[0].shape[2], self.query) and num_iterations > 1:
@@ -332,12 +342,12 @@ class ClusterFormerPyramidClustering(nn.Module):
         for _ in range(num_iterations):
             inputs = self.expectation_inputs(clusters, geometry, center_mask)
             levels = list(zip(*pixels, *inputs, weights))
-            sums = [sum_pixels(*level) for level in levels]
-            *clusters, mass = maximization(sums, geometry)
+            values_of_levels, *marginals = zip(*(sum_pixels(*level) for level in levels))
+            marginals = [torch.cat(lines, dim=2) for lines in marginals]
+            clusters = maximization(sum(values_of_levels), marginals, geometry)
         if output_assignments:
             assignments = [expectation(of_keys, *others) for of_keys, _, *others in levels]
-        _, *marginals = zip(*sums)
-        return clusters, mass, marginals, assignments
+        return clusters, marginals, assignments
 
     def cluster_in_kernels(self, keys, values, weights, clusters, geometry, center_mask) -> tuple[torch.Tensor, ...]:
         """All E- and M-steps but the last; returns centres, means and variances as [`maximization`]."""
@@ -377,46 +387,40 @@ class ClusterFormerPyramidClustering(nn.Module):
         centers, mean, variance = clusters
         queries = F.normalize(self.query(centers), dim=-1) * self.logit_scale.to(centers.dtype).exp()
         weight = -0.5 * F.softplus(self.spatial_weight.to(mean.dtype))[..., None] / variance[:, :, None]
-        tables = []
-        for positions in geometry.positions:
-            rows, columns = (
-                (position[:, None, :, None] - mean[:, :, None, :, axis]).square() * weight[..., axis]
-                for axis, position in enumerate(positions)
-            )
-            tables.append((rows if center_mask is None else rows + center_mask, columns))
-        return [queries] * len(tables), tables
+        rows, columns = (
+            (positions - mean[:, :, None, :, axis]).square() * weight[..., axis]
+            for axis, positions in enumerate(geometry.lines)
+        )
+        rows = rows if center_mask is None else rows + center_mask
+        tables = zip(geometry.split_lines(rows, 0), geometry.split_lines(columns, 1))
+        return [queries] * len(geometry.map_sizes), list(tables)
 
 
-def maximization(sums, geometry: PyramidGeometry) -> tuple[torch.Tensor, ...]:
+def maximization(values, marginals, geometry: PyramidGeometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     M-step over all levels: means of the pixels' values and positions under the assignments.
 
     Args:
-        sums (`list[tuple[torch.Tensor, ...]]`): Of each level, from [`sum_pixels`].
+        values (`torch.Tensor` of shape `(batch, heads, K, d)`): Sums of the values of all pixels.
+        marginals (`list[torch.Tensor]`): Mass of the rows, (batch, heads, length, K), and of the columns of all levels.
 
     Returns:
-        Centres (batch, heads, K, d), means and variances of their positions (batch, heads, K, 2), and their masses
-        (batch, heads, K, 1).
+        Centres (batch, heads, K, d), means and variances of their positions (batch, heads, K, 2).
     """
-    values, *marginals = zip(*sums)
-    mass = mass_of_rows(marginals[0])
+    mass = mass_of(marginals)
     means, variances = [], []
-    for axis, own in enumerate(marginals):
-        positions = [level[axis][:, None, :, None] for level in geometry.positions]
-        mean = sum((m * p).sum(dim=2) for m, p in zip(own, positions)) / mass
-        spread = 0
-        for marginal, position, variance in zip(own, positions, geometry.variances):
-            deviation = (position - mean[:, :, None]).square() + variance[:, axis, None, None, None]
-            spread = spread + (marginal * deviation).sum(dim=2)
+    for marginal, positions, own in zip(marginals, geometry.lines, geometry.line_variances):
+        mean = (marginal * positions).sum(dim=2) / mass
+        deviation = (positions - mean[:, :, None]).square() + own
         means.append(mean)
-        variances.append(spread / mass)
+        variances.append((marginal * deviation).sum(dim=2) / mass)
     variance = torch.stack(variances, dim=-1).clamp(MIN_EXTENT**2, MAX_EXTENT**2)
-    return sum(values) / mass[..., None], torch.stack(means, dim=-1), variance, mass[..., None]
+    return values / mass[..., None], torch.stack(means, dim=-1), variance
 
 
-def mass_of_rows(rows) -> torch.Tensor:
-    """Mass of clusters, of that of the rows of each level: (batch, heads, height, K) each -> (batch, heads, K)."""
-    return sum(level.sum(dim=2) for level in rows).clamp_min(MIN_MASS)
+def mass_of(marginals: list[torch.Tensor]) -> torch.Tensor:
+    """Mass (batch, heads, K) of clusters with these rows and columns."""
+    return marginals[0].sum(dim=2).clamp_min(MIN_MASS)
 
 
 def num_relative_features(config: ClusterFormerConfig) -> int:
@@ -433,7 +437,7 @@ def relative_features(share, moments, whole, before, marginals, geometry: Pyrami
         moments (`list[torch.Tensor]`): Mean and variance of each head's pixels, (batch, heads, K, 2) each.
         whole, before (`tuple[torch.Tensor, torch.Tensor]`):
             Mean and variance, (batch, K, 2) each: of all heads' pixels, and as they were before the layer.
-        marginals: See [`edges`].
+        marginals (`list[torch.Tensor]`): See [`maximization`].
 
     Returns:
         `(batch, K, 9 * heads + 8)`: for each head its [`relative_place`] and the log of its share; the place before;
@@ -441,9 +445,7 @@ def relative_features(share, moments, whole, before, marginals, geometry: Pyrami
     """
     of_whole = [moment[:, None] for moment in whole]
     heads = torch.cat([relative_place(*moments, *of_whole), share.clamp_min(MIN_MASS).log()], dim=-1)
-    marginals = [
-        [torch.cat([level, level.sum(dim=1, keepdim=True)], dim=1) for level in of_axis] for of_axis in marginals
-    ]
+    marginals = [torch.cat([lines, lines.sum(dim=1, keepdim=True)], dim=1) for lines in marginals]
     all_edges = edges(marginals, geometry, *(torch.cat(both, dim=1) for both in zip(moments, of_whole)))
     heads, all_edges = (numbers.transpose(1, 2).flatten(2) for numbers in (heads, all_edges))
     return torch.cat([heads, relative_place(*before, *whole), all_edges], dim=-1)
@@ -463,25 +465,19 @@ def edges(marginals, geometry: PyramidGeometry, mean, variance) -> torch.Tensor:
     ends where its mass ends, however little of it is there, which mean and variance do not tell.
 
     Args:
-        marginals (`list[list[torch.Tensor]]`):
-            Mass of the rows of each level, (batch, heads, height, K), and of the columns, (batch, heads, width, K).
+        marginals (`list[torch.Tensor]`): See [`maximization`].
         mean, variance (`torch.Tensor` of shape `(batch, heads, K, 2)`): Of the same mass.
 
     Returns:
         `(batch, heads, K, 4)`: along rows at their ends and starts, then along columns.
     """
-    mass = mass_of_rows(marginals[0])
-    results = []
-    for axis, levels in enumerate(marginals):
-        center, extent = mean[:, :, None, :, axis], variance[:, :, None, :, axis].sqrt()
-        at_ends, at_starts = 0, 0
-        for marginal, positions in zip(levels, geometry.positions):
-            deviation = (positions[axis][:, None, :, None] - center) / extent
-            exponent = EDGE_RATE * deviation.clamp(-MAX_EDGE_DEVIATION, MAX_EDGE_DEVIATION)
-            at_ends = at_ends + (marginal * exponent.exp()).sum(dim=2)
-            at_starts = at_starts + (marginal * (-exponent).exp()).sum(dim=2)
+    mass, results = mass_of(marginals), []
+    for axis, (marginal, positions) in enumerate(zip(marginals, geometry.lines)):
+        deviation = (positions - mean[:, :, None, :, axis]) / variance[:, :, None, :, axis].sqrt()
+        exponent = EDGE_RATE * deviation.clamp(-MAX_EDGE_DEVIATION, MAX_EDGE_DEVIATION)
+        sums = [(marginal * (sign * exponent).exp()).sum(dim=2) for sign in (1, -1)]
         # At least 1 by convexity, but in a cluster without pixels.
-        results += [(sums / mass).clamp_min(1).log() - EVEN_EDGE for sums in (at_ends, at_starts)]
+        results += [(of_side / mass).clamp_min(1).log() - EVEN_EDGE for of_side in sums]
     return torch.stack(results, dim=-1)
 
 

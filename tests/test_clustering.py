@@ -148,10 +148,14 @@ def test_maximization_survives_an_empty_cluster():
     assert weights.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
 @pytest.mark.parametrize("weighting", [None, "mask", "weights"])
-def test_sums_have_the_gradients_of_kept_assignments(weighting, monkeypatch):
-    """`sum_pixels` computes assignments again in the backward pass, two heads at a time here."""
-    monkeypatch.setattr(clustering_clusterformer, "HEAD_CHUNK", 2 * 2 * 12 * 5)
+def test_sums_have_the_gradients_of_assignments(weighting, is_kept, monkeypatch):
+    """`sum_pixels` keeps small assignments for its backward pass; others it computes again, here two heads at once."""
+    if not is_kept:
+        monkeypatch.setattr(clustering_clusterformer, "HEAD_CHUNK", 2 * 2 * 12 * 5)
+    calls = []
+    monkeypatch.setattr(clustering_clusterformer, "expectation", lambda *a: calls.append(1) or expectation(*a))
     shapes = {"keys": (2, 3, 12, 4), "values": (2, 3, 12, 4), "queries": (2, 3, 5, 4)}
     shapes |= {"rows": (1, 3, 3, 5), "columns": (2, 1, 4, 5)}
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
@@ -161,20 +165,34 @@ def test_sums_have_the_gradients_of_kept_assignments(weighting, monkeypatch):
     elif weighting == "weights":
         inputs.append(torch.rand(2, 3, 12, 1, dtype=torch.float64, requires_grad=True))
 
-    def kept(keys, values, queries, rows, columns, weights=mask):
+    def plain(keys, values, queries, rows, columns, weights=mask):
         return sum_assigned(expectation(keys, queries, (rows, columns), weights), values, (3, 4))
 
-    def computed_again(keys, values, queries, rows, columns, weights=mask):
+    def with_own_gradient(keys, values, queries, rows, columns, weights=mask):
         return sum_pixels(keys, values, queries, (rows, columns), weights)
 
-    weights = [torch.randn_like(tensor) for tensor in kept(*inputs)]
+    weights = [torch.randn_like(tensor) for tensor in plain(*inputs)]
     gradients = []
-    for function in (kept, computed_again):
+    for function in (plain, with_own_gradient):
         sums = function(*inputs)
         loss = sum((tensor * weight).sum() for tensor, weight in zip(sums, weights))
         gradients.append((*sums, *torch.autograd.grad(loss, inputs)))
+    assert len(calls) == (1 if is_kept else 4)
     torch.testing.assert_close(*gradients)
-    assert torch.autograd.gradcheck(computed_again, inputs)
+    assert torch.autograd.gradcheck(with_own_gradient, inputs)
+
+
+def test_assignments_far_out_of_range():
+    """Logits that differ by more than an exponential holds: as the softmax has it, but for shares of 1e-34."""
+    torch.manual_seed(0)
+    keys, queries = torch.randn(1, 2, 12, 4), torch.randn(1, 2, 5, 4)
+    tables = -1000 * torch.rand(1, 2, 3, 5), -1000 * torch.rand(1, 2, 4, 5)
+    tables[0][..., 4] = float("-inf")  # a centre that the image does not have
+    with torch.no_grad():
+        assignments = expectation(keys, queries, tables)
+    expected = expectation(keys.requires_grad_(), queries, tables).detach()
+    assert (expected[..., :4] == 0).any() and (assignments[..., 4] == 0).all()
+    torch.testing.assert_close(assignments, expected, rtol=1e-6, atol=1e-34)
 
 
 def test_unit_vectors_are_normalised_with_the_same_gradient():

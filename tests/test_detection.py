@@ -36,6 +36,7 @@ from clusterformer_hf.decoder_clusterformer import (
     PyramidGeometry,
     boxes_to_moments,
     edges,
+    mass_of,
     maximization,
     mixture_moments,
     moments_to_boxes,
@@ -178,11 +179,9 @@ def pyramid(*sizes) -> PyramidGeometry:
 
 def edges_of(*rows):
     """Edges along rows of a cluster with these masses of rows, on levels of so many rows."""
-    marginals = [torch.tensor(marginal).double().view(1, 1, -1, 1) for marginal in rows]
-    geometry = pyramid(*[(len(marginal), len(marginal)) for marginal in rows])
-    sums = [(torch.zeros(1, 1, 1, 1).double(), marginal, marginal) for marginal in marginals]
-    _, mean, variance, _ = maximization(sums, geometry)
-    return edges((marginals, marginals), geometry, mean, variance).flatten()[:2]
+    geometry = pyramid(*[(len(masses), len(masses)) for masses in rows])
+    marginals = [torch.tensor(sum(rows, [])).double().view(1, 1, -1, 1)] * 2
+    return edges(marginals, geometry, *moments_of(marginals, geometry)).flatten()[:2]
 
 
 def test_edges_are_where_mass_ends():
@@ -203,36 +202,35 @@ def random_marginals():
     """Of two heads and three clusters on two levels, rows and columns of equal mass, and what they are summed to."""
     torch.manual_seed(0)
     masses = [torch.rand(1, 2, height, width, 3).double().square() for height, width in ((6, 9), (3, 5))]
-    return [[mass.sum(dim=3) for mass in masses], [mass.sum(dim=2) for mass in masses]], pyramid((6, 9), (3, 5))
+    marginals = [torch.cat([mass.sum(dim=dim) for mass in masses], dim=2) for dim in (3, 2)]
+    return marginals, pyramid((6, 9), (3, 5))
 
 
-def moments_of(rows, columns, geometry):
-    sums = [(torch.zeros(1, 2, 3, 1).double(), *marginals) for marginals in zip(rows, columns)]
-    return maximization(sums, geometry)[1:]
+def moments_of(marginals, geometry):
+    values = torch.zeros(1, marginals[0].shape[1], marginals[0].shape[3], 1).double()
+    return maximization(values, marginals, geometry)[1:]
 
 
 def test_edges_of_every_head_cluster_and_axis():
     marginals, geometry = random_marginals()
-    mean, variance, _ = moments_of(*marginals, geometry)
+    mean, variance = moments_of(marginals, geometry)
     found = edges(marginals, geometry, mean, variance)
     for head, cluster, axis in itertools.product(range(2), range(3), range(2)):
-        mass = torch.cat([level[0, head, :, cluster] for level in marginals[axis]])
+        mass = marginals[axis][0, head, :, cluster]
         positions = torch.cat([level[axis][0] for level in geometry.positions])
         z = (positions - mean[0, head, cluster, axis]) / variance[0, head, cluster, axis].sqrt()
         expected = [((mass * (rate * z).exp()).sum() / mass.sum()).log() - EVEN_EDGE for rate in (2, -2)]
         torch.testing.assert_close(found[0, head, cluster, 2 * axis : 2 * axis + 2], torch.stack(expected))
 
-    def of_marginals(*levels):
-        rows, columns = levels[:2], levels[2:]
-        return edges((rows, columns), geometry, *moments_of(rows, columns, geometry)[:2])
+    def of_marginals(*marginals):
+        return edges(marginals, geometry, *moments_of(marginals, geometry))
 
-    levels = [level.requires_grad_() for of_axis in marginals for level in of_axis]
-    assert torch.autograd.gradcheck(of_marginals, levels)
+    assert torch.autograd.gradcheck(of_marginals, [lines.requires_grad_() for lines in marginals])
 
 
 def test_order_of_what_a_centre_is_told():
     marginals, geometry = random_marginals()
-    *moments, mass = moments_of(*marginals, geometry)
+    moments, mass = moments_of(marginals, geometry), mass_of(marginals)[..., None]
     share = mass / mass.sum(dim=1, keepdim=True)
     whole = mixture_moments(share, *moments)
     before = torch.rand(1, 3, 2).double(), torch.full((1, 3, 2), 0.01).double()
@@ -244,7 +242,7 @@ def test_order_of_what_a_centre_is_told():
         expected += [offset, (moments[1][:, head] / whole[1]).log() / 2, share[:, head].log()]
     expected += [(before[0] - whole[0]) / whole[1].sqrt(), (before[1] / whole[1]).log() / 2]
     expected += edges(marginals, geometry, *moments).unbind(dim=1)
-    both = [[level.sum(dim=1, keepdim=True) for level in of_axis] for of_axis in marginals]
+    both = [lines.sum(dim=1, keepdim=True) for lines in marginals]
     expected.append(edges(both, geometry, whole[0][:, None], whole[1][:, None])[:, 0])
     torch.testing.assert_close(told, torch.cat(expected, dim=-1))
 
@@ -254,7 +252,7 @@ def test_clusters_without_pixels_stay_finite():
     share, nowhere = torch.full((1, 2, 3, 1), 0.5), [torch.zeros(1, 2, 3, 2), torch.full((1, 2, 3, 2), 0.02**2)]
     whole, before = [moment[:, 0] for moment in nowhere], [torch.full((1, 3, 2), 0.9), torch.full((1, 3, 2), 0.01)]
     geometry = PyramidGeometry([stage_geometry((4, 4), (2, 2), 1, None, torch.zeros(1))])
-    told = relative_features(share, nowhere, whole, before, [[torch.zeros(1, 2, 4, 3)]] * 2, geometry)
+    told = relative_features(share, nowhere, whole, before, [torch.zeros(1, 2, 4, 3)] * 2, geometry)
     assert told.isfinite().all() and told.abs().max() <= MAX_OFFSET
 
 
