@@ -104,6 +104,9 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
             Weights of the detection losses.
         focal_alpha (`float`, *optional*, defaults to 0.25):
             Alpha of the sigmoid focal loss of detection.
+        use_varifocal_loss (`bool`, *optional*, defaults to `False`):
+            Whether the class loss of detection is RT-DETR's varifocal loss in place of Deformable DETR's focal loss:
+            scores then follow the IoU of boxes.
         class_weight, mask_weight, dice_weight (`float`, *optional*, defaults to 2, 5 and 5):
             Weights of the segmentation matcher and losses.
         no_object_weight (`float`, *optional*, defaults to 0.1):
@@ -165,6 +168,7 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
     bbox_loss_coefficient: float | int = 5
     giou_loss_coefficient: float | int = 2
     focal_alpha: float = 0.25
+    use_varifocal_loss: bool = False
     class_weight: float | int = 2.0
     mask_weight: float | int = 5.0
     dice_weight: float | int = 5.0

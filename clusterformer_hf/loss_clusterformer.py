@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
+from transformers.loss.loss_rt_detr import RTDetrLoss
 from transformers.models.mask2former import modeling_mask2former
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerHungarianMatcher,
@@ -84,12 +85,28 @@ class ClusterFormerBoxLoss(DeformableDetrImageLoss):
         return super().get_loss(loss, outputs, targets, indices, self.num_boxes)
 
 
+class ClusterFormerVarifocalBoxLoss(ClusterFormerBoxLoss, RTDetrLoss):
+    """
+    The same with RT-DETR's varifocal loss (https://arxiv.org/abs/2008.13367) of the classes: the score of a matched
+    box's class shall be its IoU, and other scores count as in the focal loss.
+    """
+
+    gamma = 2.0  # the focal loss's
+
+    @property
+    def alpha(self) -> float:
+        return 1 - self.focal_alpha
+
+    def loss_labels(self, outputs, targets, indices, num_boxes) -> dict[str, torch.Tensor]:
+        return {"loss_ce": self.loss_labels_vfl(outputs, targets, indices, num_boxes)["loss_vfl"]}
+
+
 def detection_loss(
     outputs: list[dict[str, torch.Tensor]], labels: list[dict[str, torch.Tensor]], config: ClusterFormerConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
     The set loss of Deformable DETR (https://arxiv.org/abs/2010.04159): sigmoid focal loss, L1 and GIoU under the best
-    matching, for each of several predictions.
+    matching, for each of several predictions. With `config.use_varifocal_loss` RT-DETR's class loss.
 
     Args:
         outputs (`list[dict[str, torch.Tensor]]`):
@@ -102,7 +119,8 @@ def detection_loss(
         the auxiliary predictions. NaN and no parts where a prediction is not finite.
     """
     matcher = DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
-    criterion = ClusterFormerBoxLoss(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes"])
+    criterion_class = ClusterFormerVarifocalBoxLoss if config.use_varifocal_loss else ClusterFormerBoxLoss
+    criterion = criterion_class(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes"])
     weights = {
         "loss_ce": config.class_loss_coefficient,
         "loss_bbox": config.bbox_loss_coefficient,

@@ -96,7 +96,8 @@ def clusterformer(size: int) -> PreTrainedModel:
         decoder_attention_heads=HEADS,
         decoder_ffn_dim=4 * DIM,
         decoder_num_iterations=1,
-        class_loss_coefficient=1,  # as in RT-DETR: boxes become more exact than with 2
+        use_varifocal_loss=True,  # as in RT-DETR
+        class_loss_coefficient=0.5,
         num_labels=10,
     )
     return ClusterFormerForObjectDetection(config)

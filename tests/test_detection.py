@@ -19,9 +19,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import DeformableDetrImageProcessor
+from transformers import DeformableDetrImageProcessor, RTDetrConfig
 from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
+from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 
 from clusterformer_hf import (
     ClusterFormerConfig,
@@ -323,9 +324,27 @@ def test_the_loss_is_that_of_transformers():
     assert without.auxiliary_outputs is None and set(without.loss_dict) == {"loss_ce", "loss_bbox", "loss_giou"}
 
 
+def test_the_varifocal_loss_is_that_of_rt_detr():
+    coefficients = {"class_loss_coefficient": 0.5, "bbox_loss_coefficient": 4, "giou_loss_coefficient": 3}
+    model = nano_detector(use_varifocal_loss=True, auxiliary_loss=False, **coefficients)
+    labels = targets(3, 1)
+    outputs = model(images(2, 3, 64, 64), labels=labels)
+    weights = {"weight_loss_vfl": 0.5, "weight_loss_bbox": 4.0, "weight_loss_giou": 3.0}
+    expected, expected_dict, _ = RTDetrForObjectDetectionLoss(
+        outputs.logits,
+        labels,
+        "cpu",
+        outputs.pred_boxes,
+        RTDetrConfig(num_labels=5, auxiliary_loss=False, **weights),
+    )
+    torch.testing.assert_close(outputs.loss, expected)
+    torch.testing.assert_close(outputs.loss_dict["loss_ce"] * 0.5, expected_dict["loss_vfl"])
+
+
+@pytest.mark.parametrize("use_varifocal_loss", [False, True])
 @pytest.mark.parametrize("counts", [(2, 0), (0, 0), (300, 1)])
-def test_any_number_of_objects_trains_every_parameter(counts):
-    model = nano_detector().train()
+def test_any_number_of_objects_trains_every_parameter(counts, use_varifocal_loss):
+    model = nano_detector(use_varifocal_loss=use_varifocal_loss).train()
     loss = model(images(2, 3, 64, 64), labels=targets(*counts)).loss
     loss.backward()
     assert torch.isfinite(loss)
