@@ -32,10 +32,12 @@ from .kernels_clusterformer import MAX_EXTENT, MIN_EXTENT, MIN_MASS, MIN_NORM, c
 
 # Elements of the groups that a released form clusters at a time on the CPU.
 GROUP_CHUNK = 2**19
-# Elements of the (N, K) tables of the heads that are clustered at a time on the CPU.
+# Elements of the (N, K) tables of the heads that are clustered at a time on the CPU, and of those that are kept for the
+# backward pass at most.
 HEAD_CHUNK = 2**21
-# How far a pixel's logits may differ: by a share of 2e-35.
-LOGIT_RANGE = 80
+# How far a pixel's logits may differ: its shares by a factor of 2e-22. With pixels' weights and gradients they stay in
+# the range of float32.
+LOGIT_RANGE = 50
 
 
 def runs_eagerly_on_cpu(tensor: torch.Tensor) -> bool:
@@ -43,7 +45,7 @@ def runs_eagerly_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
-def gaussian_tables(place, positions, spatial_weight, center_mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+def gaussian_tables(place, positions, spatial_weight) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The logs of the centres' Gaussians along the rows and along the columns of a map: at a pixel their sum. The Gaussian
     is separable, and two tables are exact where its expansion in moments cancels.
@@ -55,7 +57,6 @@ def gaussian_tables(place, positions, spatial_weight, center_mask=None) -> tuple
             Positions of the rows (1 or batch, height) and of the columns (1 or batch, width).
         spatial_weight (`torch.Tensor` of shape `(heads, 1, 1)` or `None`):
             How much position counts beside features; `None` leaves it out.
-        center_mask (`torch.Tensor` of shape `(batch, 1, 1, K)`, *optional*): 0 at centres, -inf at surplus ones.
 
     Returns:
         `(1 or batch, 1 or heads, height, K)` and `(1 or batch, 1 or heads, width, K)`.
@@ -66,10 +67,10 @@ def gaussian_tables(place, positions, spatial_weight, center_mask=None) -> tuple
         (position[:, None, :, None] - mean[:, :, axis, None]).square() * weight[:, :, axis, None]
         for axis, position in enumerate(positions)
     )
-    return rows if center_mask is None else rows + center_mask, columns
+    return rows, columns
 
 
-def expectation(keys, queries, tables, weights=None) -> torch.Tensor:
+def expectation(keys, queries, tables, center_mask=None, weights=None) -> torch.Tensor:
     """
     E-step: every pixel distributes itself over the centres by feature and position.
 
@@ -77,34 +78,36 @@ def expectation(keys, queries, tables, weights=None) -> torch.Tensor:
         keys (`torch.Tensor` of shape `(batch, heads, height * width, d)`): Pixel features.
         queries (`torch.Tensor` of shape `(batch, heads, K, d)`): Centre features, scaled by the temperature.
         tables (`tuple[torch.Tensor, torch.Tensor]`): See [`gaussian_tables`].
+        center_mask (`torch.Tensor` of shape `(batch, 1, 1, K)`, *optional*): 0 at centres, -inf at surplus ones.
         weights (`torch.Tensor` of shape `(batch, 1 or heads, height * width, 1)`, *optional*):
             How much a pixel counts, 1 if not given; a boolean mask of the real pixels, or weights in [0, 1].
 
     Returns:
         `torch.Tensor` of shape `(batch, heads, height * width, K)` that sums to a pixel's weight over K.
     """
-    rows, columns = (table.expand(*keys.shape[:2], -1, -1) for table in tables)
+    rows, columns = tables if center_mask is None else (tables[0] + center_mask, tables[1])
+    rows, columns = (table.expand(*keys.shape[:2], -1, -1) for table in (rows, columns))
     gaussian = (rows[:, :, :, None] + columns[:, :, None]).flatten(2, 3).flatten(0, 1)
-    # In place where that is possible: fresh memory for every table costs the CPU as much as the product. But not the
-    # softmax, which takes up to twice as long in place.
+    # In place where that is possible: fresh memory for every table costs the CPU as much as the product.
     keeps_tables = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     out = None if keeps_tables else gaussian
     logits = torch.baddbmm(gaussian, keys.flatten(0, 1), queries.flatten(0, 1).mT, out=out)
     if not keeps_tables and keys.device.type == "cpu":
-        limit_range(logits, surplus=rows[:, :, :1].flatten(0, 1) == float("-inf"))
-    assignments = logits.softmax(dim=-1).unflatten(0, keys.shape[:2])
+        limit_range(logits.unflatten(0, keys.shape[:2]), center_mask)
+        out = None  # a CPU's softmax takes up to twice as long in place
+    assignments = torch.softmax(logits, dim=-1, out=out).unflatten(0, keys.shape[:2])
     weighted = None if keeps_tables else assignments
     return assignments if weights is None else torch.mul(assignments, weights.to(assignments.dtype), out=weighted)
 
 
-def limit_range(logits: torch.Tensor, surplus: torch.Tensor):
+def limit_range(logits: torch.Tensor, center_mask: torch.Tensor | None):
     """
-    Raises logits (..., N, K) that are far below their pixel's largest, but those of surplus centres, (..., 1, K). If
+    Raises the logits (batch, heads, N, K) that are far below their pixel's largest, but those of surplus centres. If
     exponentials leave the range of float32, a CPU takes three times as long for all of a table.
     """
     torch.maximum(logits, logits.amax(dim=-1, keepdim=True) - LOGIT_RANGE, out=logits)
-    if surplus.any():
-        logits.masked_fill_(surplus, float("-inf"))
+    if center_mask is not None:
+        logits.masked_fill_(center_mask != 0, float("-inf"))
 
 
 def sum_assigned(assignments, values, map_size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -146,24 +149,24 @@ def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
 class ClusterSums(torch.autograd.Function):
     """
     [`sum_assigned`] of [`expectation`]. The backward pass computes the assignments again, some heads at a time: the (N,
-    K) tables of all layers and iterations would be a third of the memory of training. They are kept where they are
-    small and no larger than the keys and values: a small detector's training step takes 0.92 of the time.
+    K) tables of all layers and iterations would be a third of the memory of training. Small ones, no larger than the
+    keys and values, are kept: a small detector's training step takes 0.92 of the time.
     """
 
     @staticmethod
-    def forward(ctx, keys, values, queries, rows, columns, weights):
-        inputs, assignments = (keys, values, queries, rows, columns, weights), None
+    def forward(ctx, keys, values, queries, rows, columns, center_mask, weights):
+        inputs, assignments = (keys, values, queries, rows, columns, center_mask, weights), None
         num_centers, head_dim = queries.shape[2:]
         if num_centers <= 2 * head_dim and keys[..., 0].numel() * num_centers <= HEAD_CHUNK:
-            assignments = expectation(keys, queries, (rows, columns), weights)
+            assignments = expectation(keys, queries, (rows, columns), center_mask, weights)
         ctx.save_for_backward(*inputs, assignments)
         parts = zip(*(ClusterSums.forward_of_heads(*chunk) for chunk in in_chunks(*inputs, assignments)))
         return tuple(join_heads(part) for part in parts)
 
     @staticmethod
-    def forward_of_heads(keys, values, queries, rows, columns, weights, assignments=None):
+    def forward_of_heads(keys, values, queries, rows, columns, center_mask, weights, assignments=None):
         if assignments is None:
-            assignments = expectation(keys, queries, (rows, columns), weights)
+            assignments = expectation(keys, queries, (rows, columns), center_mask, weights)
         return sum_assigned(assignments, values, (rows.shape[2], columns.shape[2]))
 
     @staticmethod
@@ -172,20 +175,23 @@ class ClusterSums(torch.autograd.Function):
         chunks = in_chunks(*ctx.saved_tensors, *gradients)
         parts = zip(*(ClusterSums.backward_of_heads(*chunk) for chunk in chunks))
         *of_inputs, of_weights = (join_heads(part) for part in parts)
-        return *of_inputs, of_weights if ctx.needs_input_grad[-1] else None
+        return *of_inputs, None, of_weights if ctx.needs_input_grad[-1] else None
 
     @staticmethod
-    def backward_of_heads(keys, values, queries, rows, columns, weights, assignments, of_sums, of_rows, of_columns):
+    def backward_of_heads(
+        keys, values, queries, rows, columns, center_mask, weights, assignments, of_sums, of_rows, of_columns
+    ):
         shape = keys.shape[:2]
         if assignments is None:
-            assignments = expectation(keys, queries, (rows, columns), weights)
+            assignments = expectation(keys, queries, (rows, columns), center_mask, weights)
         assignments, of_sums = assignments.flatten(0, 1), of_sums.flatten(0, 1)
         gradient = (of_rows[:, :, :, None] + of_columns[:, :, None]).flatten(2, 3).flatten(0, 1)
         gradient.baddbmm_(values.flatten(0, 1), of_sums.mT).mul_(assignments)
         of_weights = gradient.sum(dim=-1, keepdim=True)
         if weights is not None:
             weights = weights.to(keys.dtype).expand(*shape, -1, -1).flatten(0, 1)
-            of_weights /= weights.clamp_min(torch.finfo(weights.dtype).tiny)  # both are 0 at padded pixels
+            # Of a weight too small for this, as at padded pixels, the gradient is lost; a sigmoid's or a mask's is 0.
+            of_weights /= weights.clamp_min(torch.finfo(weights.dtype).tiny)
         gradient.addcmul_(assignments, of_weights, value=-1)  # of the logits, by the softmax
         of_values = assignments @ of_sums
         grid = gradient.unflatten(0, shape).unflatten(2, (rows.shape[2], columns.shape[2]))
@@ -211,15 +217,17 @@ def join_heads(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def sum_pixels(keys, values, queries, tables, weights=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sum_pixels(
+    keys, values, queries, tables, center_mask=None, weights=None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     E-step and the sums of the M-step behind it: arguments of [`expectation`], results of [`sum_assigned`]. Weights that
     are learned are given for each head.
     """
     rows, columns = (table.expand(*keys.shape[:2], -1, -1) for table in tables)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return ClusterSums.forward_of_heads(keys, values, queries, rows, columns, weights)
-    return ClusterSums.apply(keys, values, queries, rows, columns, weights)
+        return ClusterSums.forward_of_heads(keys, values, queries, rows, columns, center_mask, weights)
+    return ClusterSums.apply(keys, values, queries, rows, columns, center_mask, weights)
 
 
 def maximization(sums, positions, pixel_extent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -494,14 +502,14 @@ class ClusterFormerRecurrentClustering(nn.Module):
         return self.logit_scale.to(dtype).exp(), spatial_weight
 
     def expectation_inputs(self, clusters, weights, geometry, sampled: bool) -> tuple:
-        """What [`expectation`] takes beside the keys: queries, Gaussian tables and the mask of real pixels."""
+        """What [`expectation`] takes beside the keys: queries, tables and the masks of centres and of pixels."""
         (centers, *place), (temperature, spatial_weight) = clusters, weights
         queries = self.query(centers)
         queries = queries * (temperature / torch.linalg.vector_norm(queries, dim=-1, keepdim=True).clamp_min(MIN_NORM))
         positions = geometry.sample_positions if sampled else geometry.positions(sampled=False)
-        tables = gaussian_tables(place, positions, spatial_weight, geometry.center_mask)
+        tables = gaussian_tables(place, positions, spatial_weight)
         mask = geometry.sample_mask if sampled else geometry.mask
-        return queries, tables, None if mask is None else mask.flatten(1, 2)[:, None]
+        return queries, tables, geometry.center_mask, None if mask is None else mask.flatten(1, 2)[:, None]
 
     def assign(self, features, clusters, geometry: StageGeometry, sampled: bool) -> torch.Tensor:
         """One E-step of the (sampled) map with the given clusters: (batch, heads, N, K), zero at padded pixels."""

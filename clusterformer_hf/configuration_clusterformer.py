@@ -103,7 +103,8 @@ class ClusterFormerConfig(BackboneConfigMixin, PreTrainedConfig):
         class_loss_coefficient, bbox_loss_coefficient, giou_loss_coefficient (`float`, defaults to 2, 5 and 2):
             Weights of the detection losses.
         focal_alpha (`float`, *optional*, defaults to 0.25):
-            Alpha of the sigmoid focal loss of detection.
+            Alpha of the sigmoid focal loss of detection; 1 - alpha weighs the scores of what is not there, in the
+            varifocal loss too.
         use_varifocal_loss (`bool`, *optional*, defaults to `False`):
             Whether the class loss of detection is RT-DETR's varifocal loss in place of Deformable DETR's focal loss:
             scores then follow the IoU of boxes.

@@ -43,7 +43,7 @@ from .configuration_clusterformer import ClusterFormerConfig, as_pair
 from .kernels_clusterformer import MAX_EXTENT, MIN_EXTENT, MIN_MASS, cluster
 
 
-# Class logits of surplus centres: a score of 6e-9, and a focal loss that stays small where one must be matched.
+# Class logits of surplus centres: a score of 6e-9, and a class loss that stays small where one must be matched.
 SURPLUS_LOGIT = -19.0
 # Of edges: how fast the exponential grows in an extent, how many extents it is taken to, and the log of its mean in an
 # evenly filled box, which ends at the root of 3 extents.
@@ -147,12 +147,12 @@ class PyramidGeometry:
         extents = [1 / level.sizes.to(level.dtype) for level in levels]
         self.pixels = torch.cat([pixels_of_map(*level) for level in zip(self.positions, extents)], dim=-1)
         # Of the rows and of the columns of all levels, (1 or batch, 1, length, 1) each.
-        self.lines, self.line_variances = [], []
+        self.axis_positions, self.axis_variances = [], []
         for axis, positions in enumerate(zip(*self.positions)):
             sides = [extent[:, axis, None].expand_as(level) for extent, level in zip(extents, positions)]
-            self.lines.append(torch.cat(positions, dim=1)[:, None, :, None])
+            self.axis_positions.append(torch.cat(positions, dim=1)[:, None, :, None])
             # A pixel's own variance, a twelfth of its squared side, is part of a cluster's, as in the encoder.
-            self.line_variances.append(torch.cat(sides, dim=1)[:, None, :, None].square() / 12)
+            self.axis_variances.append(torch.cat(sides, dim=1)[:, None, :, None].square() / 12)
         masks = [level.mask.flatten(1, 2)[:, None] for level in levels if level.mask is not None]
         self.mask = torch.cat(masks, dim=2) if masks else None  # (batch, 1, N, 1)
 
@@ -164,9 +164,9 @@ class PyramidGeometry:
         """The pixels of each level: (batch, heads, N, d) of all -> (batch, heads, height * width, d) each."""
         return list(pixels.split([height * width for height, width in self.map_sizes], dim=2))
 
-    def split_lines(self, lines: torch.Tensor, axis: int) -> list[torch.Tensor]:
+    def split_axis(self, table: torch.Tensor, axis: int) -> list[torch.Tensor]:
         """The rows (axis 0) or columns of each level: (batch, heads, length, K) of all -> the same of each level."""
-        return list(lines.split([size[axis] for size in self.map_sizes], dim=2))
+        return list(table.split([size[axis] for size in self.map_sizes], dim=2))
 
 
 class ClusterFormerPyramidEmbeddings(nn.Module):
@@ -340,10 +340,12 @@ class ClusterFormerPyramidClustering(nn.Module):
         pixels = [geometry.split(pixels.to(weights.dtype)) for pixels in (keys, values)]
         weights = geometry.split(weights)
         for _ in range(num_iterations):
-            inputs = self.expectation_inputs(clusters, geometry, center_mask)
-            levels = list(zip(*pixels, *inputs, weights))
+            queries, tables = self.expectation_inputs(clusters, geometry)
+            levels = [
+                (*level, queries, table, center_mask, weight) for *level, table, weight in zip(*pixels, tables, weights)
+            ]
             values_of_levels, *marginals = zip(*(sum_pixels(*level) for level in levels))
-            marginals = [torch.cat(lines, dim=2) for lines in marginals]
+            marginals = [torch.cat(of_levels, dim=2) for of_levels in marginals]
             clusters = maximization(sum(values_of_levels), marginals, geometry)
         if output_assignments:
             assignments = [expectation(of_keys, *others) for of_keys, _, *others in levels]
@@ -379,21 +381,19 @@ class ClusterFormerPyramidClustering(nn.Module):
         variance = variance * self.part_scale.to(variance.dtype).exp()
         return mean, variance.clamp(MIN_EXTENT**2, MAX_EXTENT**2)
 
-    def expectation_inputs(self, clusters, geometry, center_mask) -> tuple[list, list]:
+    def expectation_inputs(self, clusters, geometry) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """
-        For each level what [`expectation`] takes beside the keys and the weights: the queries, and the logs of the
-        centres' Gaussians along its rows, (batch, heads, height, K), and its columns, (batch, heads, width, K).
+        What [`expectation`] takes: the queries, and for each level the logs of the centres' Gaussians along its rows,
+        (batch, heads, height, K), and its columns, (batch, heads, width, K).
         """
         centers, mean, variance = clusters
         queries = F.normalize(self.query(centers), dim=-1) * self.logit_scale.to(centers.dtype).exp()
         weight = -0.5 * F.softplus(self.spatial_weight.to(mean.dtype))[..., None] / variance[:, :, None]
         rows, columns = (
             (positions - mean[:, :, None, :, axis]).square() * weight[..., axis]
-            for axis, positions in enumerate(geometry.lines)
+            for axis, positions in enumerate(geometry.axis_positions)
         )
-        rows = rows if center_mask is None else rows + center_mask
-        tables = zip(geometry.split_lines(rows, 0), geometry.split_lines(columns, 1))
-        return [queries] * len(geometry.map_sizes), list(tables)
+        return queries, list(zip(geometry.split_axis(rows, 0), geometry.split_axis(columns, 1)))
 
 
 def maximization(values, marginals, geometry: PyramidGeometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -409,7 +409,7 @@ def maximization(values, marginals, geometry: PyramidGeometry) -> tuple[torch.Te
     """
     mass = mass_of(marginals)
     means, variances = [], []
-    for marginal, positions, own in zip(marginals, geometry.lines, geometry.line_variances):
+    for marginal, positions, own in zip(marginals, geometry.axis_positions, geometry.axis_variances):
         mean = (marginal * positions).sum(dim=2) / mass
         deviation = (positions - mean[:, :, None]).square() + own
         means.append(mean)
@@ -419,7 +419,7 @@ def maximization(values, marginals, geometry: PyramidGeometry) -> tuple[torch.Te
 
 
 def mass_of(marginals: list[torch.Tensor]) -> torch.Tensor:
-    """Mass (batch, heads, K) of clusters with these rows and columns."""
+    """Mass (batch, heads, K) of clusters with these rows and columns: the sum of either."""
     return marginals[0].sum(dim=2).clamp_min(MIN_MASS)
 
 
@@ -445,7 +445,7 @@ def relative_features(share, moments, whole, before, marginals, geometry: Pyrami
     """
     of_whole = [moment[:, None] for moment in whole]
     heads = torch.cat([relative_place(*moments, *of_whole), share.clamp_min(MIN_MASS).log()], dim=-1)
-    marginals = [torch.cat([lines, lines.sum(dim=1, keepdim=True)], dim=1) for lines in marginals]
+    marginals = [torch.cat([of_axis, of_axis.sum(dim=1, keepdim=True)], dim=1) for of_axis in marginals]
     all_edges = edges(marginals, geometry, *(torch.cat(both, dim=1) for both in zip(moments, of_whole)))
     heads, all_edges = (numbers.transpose(1, 2).flatten(2) for numbers in (heads, all_edges))
     return torch.cat([heads, relative_place(*before, *whole), all_edges], dim=-1)
@@ -472,7 +472,7 @@ def edges(marginals, geometry: PyramidGeometry, mean, variance) -> torch.Tensor:
         `(batch, heads, K, 4)`: along rows at their ends and starts, then along columns.
     """
     mass, results = mass_of(marginals), []
-    for axis, (marginal, positions) in enumerate(zip(marginals, geometry.lines)):
+    for axis, (marginal, positions) in enumerate(zip(marginals, geometry.axis_positions)):
         deviation = (positions - mean[:, :, None, :, axis]) / variance[:, :, None, :, axis].sqrt()
         exponent = EDGE_RATE * deviation.clamp(-MAX_EDGE_DEVIATION, MAX_EDGE_DEVIATION)
         sums = [(marginal * (sign * exponent).exp()).sum(dim=2) for sign in (1, -1)]
@@ -563,7 +563,7 @@ class ClusterFormerBoxDelta(nn.Linear):
 
 
 class ClusterFormerClassHead(nn.Linear):
-    """Class logits for a sigmoid; starts at a probability of 0.01, as the focal loss wants."""
+    """Class logits for a sigmoid; starts at a probability of 0.01, as focal losses want."""
 
 
 class ClusterFormerBoxHead(nn.Module):

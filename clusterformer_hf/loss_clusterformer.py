@@ -85,7 +85,7 @@ class ClusterFormerBoxLoss(DeformableDetrImageLoss):
         return super().get_loss(loss, outputs, targets, indices, self.num_boxes)
 
 
-class ClusterFormerVarifocalBoxLoss(ClusterFormerBoxLoss, RTDetrLoss):
+class ClusterFormerVarifocalBoxLoss(ClusterFormerBoxLoss):
     """
     The same with RT-DETR's varifocal loss (https://arxiv.org/abs/2008.13367) of the classes: the score of a matched
     box's class shall be its IoU, and other scores count as in the focal loss.
@@ -95,10 +95,10 @@ class ClusterFormerVarifocalBoxLoss(ClusterFormerBoxLoss, RTDetrLoss):
 
     @property
     def alpha(self) -> float:
-        return 1 - self.focal_alpha
+        return 1 - max(self.focal_alpha, 0)  # a negative one weighs nothing in the focal loss
 
     def loss_labels(self, outputs, targets, indices, num_boxes) -> dict[str, torch.Tensor]:
-        return {"loss_ce": self.loss_labels_vfl(outputs, targets, indices, num_boxes)["loss_vfl"]}
+        return {"loss_ce": RTDetrLoss.loss_labels_vfl(self, outputs, targets, indices, num_boxes)["loss_vfl"]}
 
 
 def detection_loss(

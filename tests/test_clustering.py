@@ -18,6 +18,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from clusterformer_hf import ClusterFormerConfig, clustering_clusterformer
 from clusterformer_hf.clustering_clusterformer import (
@@ -148,28 +149,29 @@ def test_maximization_survives_an_empty_cluster():
     assert weights.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("is_kept", [True, False])
+@pytest.mark.parametrize("num_centers, chunk, num_calls", [(5, 2**21, 1), (5, 2 * 2 * 12 * 5, 4), (9, 2**21, 2)])
 @pytest.mark.parametrize("weighting", [None, "mask", "weights"])
-def test_sums_have_the_gradients_of_assignments(weighting, is_kept, monkeypatch):
-    """`sum_pixels` keeps small assignments for its backward pass; others it computes again, here two heads at once."""
-    if not is_kept:
-        monkeypatch.setattr(clustering_clusterformer, "HEAD_CHUNK", 2 * 2 * 12 * 5)
+def test_sums_have_the_gradients_of_assignments(weighting, num_centers, chunk, num_calls, monkeypatch):
+    """`sum_pixels` keeps small assignments for its backward pass; others it computes again, some heads at once."""
+    monkeypatch.setattr(clustering_clusterformer, "HEAD_CHUNK", chunk)
     calls = []
     monkeypatch.setattr(clustering_clusterformer, "expectation", lambda *a: calls.append(1) or expectation(*a))
-    shapes = {"keys": (2, 3, 12, 4), "values": (2, 3, 12, 4), "queries": (2, 3, 5, 4)}
-    shapes |= {"rows": (1, 3, 3, 5), "columns": (2, 1, 4, 5)}
+    shapes = {"keys": (2, 3, 12, 4), "values": (2, 3, 12, 4), "queries": (2, 3, num_centers, 4)}
+    shapes |= {"rows": (1, 3, 3, num_centers), "columns": (2, 1, 4, num_centers)}
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
-    mask = None
+    mask = center_mask = None
     if weighting == "mask":
+        center_mask = torch.zeros(2, 1, 1, num_centers, dtype=torch.float64)
+        center_mask[1, ..., 3:] = float("-inf")
         mask = torch.arange(12)[None, None, :, None] < torch.tensor([12, 7]).view(2, 1, 1, 1)
     elif weighting == "weights":
         inputs.append(torch.rand(2, 3, 12, 1, dtype=torch.float64, requires_grad=True))
 
     def plain(keys, values, queries, rows, columns, weights=mask):
-        return sum_assigned(expectation(keys, queries, (rows, columns), weights), values, (3, 4))
+        return sum_assigned(expectation(keys, queries, (rows, columns), center_mask, weights), values, (3, 4))
 
     def with_own_gradient(keys, values, queries, rows, columns, weights=mask):
-        return sum_pixels(keys, values, queries, (rows, columns), weights)
+        return sum_pixels(keys, values, queries, (rows, columns), center_mask, weights)
 
     weights = [torch.randn_like(tensor) for tensor in plain(*inputs)]
     gradients = []
@@ -177,22 +179,38 @@ def test_sums_have_the_gradients_of_assignments(weighting, is_kept, monkeypatch)
         sums = function(*inputs)
         loss = sum((tensor * weight).sum() for tensor, weight in zip(sums, weights))
         gradients.append((*sums, *torch.autograd.grad(loss, inputs)))
-    assert len(calls) == (1 if is_kept else 4)
+    assert len(calls) == num_calls
     torch.testing.assert_close(*gradients)
     assert torch.autograd.gradcheck(with_own_gradient, inputs)
 
 
 def test_assignments_far_out_of_range():
-    """Logits that differ by more than an exponential holds: as the softmax has it, but for shares of 1e-34."""
+    """Logits that differ by more than an exponential holds: as the softmax has it, but for shares of 2e-22."""
     torch.manual_seed(0)
     keys, queries = torch.randn(1, 2, 12, 4), torch.randn(1, 2, 5, 4)
     tables = -1000 * torch.rand(1, 2, 3, 5), -1000 * torch.rand(1, 2, 4, 5)
-    tables[0][..., 4] = float("-inf")  # a centre that the image does not have
+    center_mask = torch.tensor([0, 0, 0, 0, float("-inf")]).view(1, 1, 1, 5)
     with torch.no_grad():
-        assignments = expectation(keys, queries, tables)
-    expected = expectation(keys.requires_grad_(), queries, tables).detach()
-    assert (expected[..., :4] == 0).any() and (assignments[..., 4] == 0).all()
-    torch.testing.assert_close(assignments, expected, rtol=1e-6, atol=1e-34)
+        assignments = expectation(keys, queries, tables, center_mask)
+    expected = expectation(keys.requires_grad_(), queries, tables, center_mask).detach()
+    assert (expected[..., :4] == 0).any() and (assignments[..., :4] > 0).all()
+    assert (assignments[..., 4] == 0).all()
+    torch.testing.assert_close(assignments, expected, rtol=1e-6, atol=1e-21)
+
+
+def test_sums_of_padded_batches_are_traced():
+    """No branch depends on data: memory and operations are counted with tensors that have none."""
+    torch.manual_seed(0)
+    center_mask = torch.zeros(2, 1, 1, 5)
+    center_mask[1, ..., 4] = float("-inf")
+    shapes = (2, 2, 12, 4), (2, 2, 12, 4), (2, 2, 5, 4), (2, 2, 3, 5), (2, 2, 4, 5)
+    inputs = *(torch.randn(shape) for shape in shapes), center_mask, torch.rand(2, 2, 12, 1)
+
+    def sums(keys, values, queries, rows, columns, center_mask, weights):
+        return sum_pixels(keys, values, queries, (rows, columns), center_mask, weights)
+
+    with torch.no_grad():
+        torch.testing.assert_close(make_fx(sums)(*inputs)(*inputs), sums(*inputs), rtol=0, atol=0)
 
 
 def test_unit_vectors_are_normalised_with_the_same_gradient():
